@@ -1,0 +1,1 @@
+"""People, wires, money: which candidates may serve a call."""

@@ -1,0 +1,1 @@
+"""The outside languages, and the one Call they all become."""

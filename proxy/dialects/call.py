@@ -1,0 +1,55 @@
+"""The canonical form of a request: what the gate, routing and the scheduler need to know of it.
+
+The body stays the caller's bytes. A `Call` never holds a decoded message: pass-through needs none, and what is not
+parsed cannot be re-serialised wrongly.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from scheduler.model import LatencyClass
+
+
+class Dialect(StrEnum):
+    """Whose envelope errors and events wear."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+class Task(StrEnum):
+    """What an engine must be able to do to serve a path."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    ANY = "any"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One path of the API. `upstream_path` is what an engine calls it."""
+
+    path: str
+    dialect: Dialect
+    task: Task
+    upstream_path: str
+    streams: bool = True
+
+
+class Call(msgspec.Struct):
+    """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came."""
+
+    endpoint: Endpoint
+    body: bytes
+    model: str
+    stream: bool = False
+    wants_usage: bool = False
+    prompt_tokens_estimate: int = 1
+    max_output_tokens: int | None = None
+    latency_class: LatencyClass = LatencyClass.STANDARD
+    deadline_ms: float | None = None
+    priority: int | None = None
+    request_id: str = ""
+    tenant: str = ""

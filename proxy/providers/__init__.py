@@ -1,0 +1,1 @@
+"""One dialect of the outside world each; none knows the scheduler."""

@@ -1,0 +1,1 @@
+"""Where to: candidates in order, each with a reason."""

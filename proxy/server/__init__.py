@@ -1,0 +1,1 @@
+"""Listeners, the journey of one request, drain."""

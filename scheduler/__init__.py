@@ -1,0 +1,1 @@
+"""Who runs next, where, at whose expense. Knows nothing of HTTP dialects, keys or money."""

@@ -1,0 +1,1 @@
+"""Memory that engines share: GPUs through NVML, host RAM, simulated."""

@@ -1,0 +1,1 @@
+"""Local inference servers: the only room (with devices) that touches processes."""

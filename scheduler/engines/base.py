@@ -1,0 +1,58 @@
+"""What an engine kind must say of itself. A kind knows how to start one model and how to ask whether it lives;
+`scheduler.engines.supervisor` does the starting, watching and stopping for all kinds alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import aiohttp
+import msgspec
+
+
+class SpawnSpec(msgspec.Struct, frozen=True):
+    """How to start one engine. `warm` asks for a fork from the warm launcher of `argv[0]`'s environment;
+    `module_argv` is then what the launcher puts into sys.argv for `warm_module`."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str | None = None
+    warm: bool = False
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What a log line tells of a start: `fraction` 0 to 1, `note` for people."""
+
+    fraction: float
+    note: str
+
+
+class EngineKind(Protocol):
+    """One way of running a model locally. One file each; registered in `scheduler.engines.kinds`."""
+
+    name: str
+
+    def spawn_spec(self, port: int, device_env: Mapping[str, str]) -> SpawnSpec:
+        """The command line for a start on this loopback port."""
+        ...
+
+    def progress(self, line: str) -> Progress | None:
+        """Reads one log line of a start."""
+        ...
+
+    async def probe(self, session: aiohttp.ClientSession, base_url: str) -> bool:
+        """One real request (one token, one embedding). True: ready. False: not yet. Raises ProbeError: never will be."""
+        ...
+
+
+class ProbeError(Exception):
+    """The engine answers, and its answer says that it will never serve this model."""
+
+
+class EngineExit(Exception):
+    """The engine ended before it was ready. Carries the last log lines for the people who wait."""
+
+    def __init__(self, reason: str, log_tail: Sequence[str]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.log_tail = list(log_tail)

@@ -1,0 +1,101 @@
+"""What has happened: the only things that can change the scheduler's core.
+
+Past tense, frozen, and free of clocks: the time of an event is the `now` given to `Core.step(event, now)`.
+Seconds are monotonic floats, sizes are bytes, tokens are KV-cache tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from scheduler.model import ModelSpec, SchedulerSettings, Ticket
+
+
+class Arrived(msgspec.Struct, frozen=True):
+    """A request wants a lease on its model's engine."""
+
+    ticket: Ticket
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """The caller of a waiting or admitted ticket has gone."""
+
+    ticket_id: int
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """An admitted ticket's lease came back, however its request ended."""
+
+    ticket_id: int
+
+
+class LoadAsked(msgspec.Struct, frozen=True):
+    """An operator wants the model resident."""
+
+    model: str
+
+
+class UnloadAsked(msgspec.Struct, frozen=True):
+    """An operator wants the model gone (drained first)."""
+
+    model: str
+
+
+class EngineReady(msgspec.Struct, frozen=True):
+    """The engine answered a real request; `adopted` when it outlived an earlier proxy."""
+
+    engine_id: str
+    model: str
+    device: str
+    load_seconds: float
+    adopted: bool = False
+
+
+class EngineFailed(msgspec.Struct, frozen=True):
+    """The engine did not start, or died; its processes are gone when this is sent."""
+
+    engine_id: str
+    reason: str
+
+
+class EngineStopped(msgspec.Struct, frozen=True):
+    """A stop that we asked for is complete: no process of the engine is left."""
+
+    engine_id: str
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """How far a start has come: `fraction` 0 to 1, `note` for people."""
+
+    engine_id: str
+    fraction: float
+    note: str
+
+
+class MemoryMeasured(msgspec.Struct, frozen=True):
+    """A device was read. `foreign_bytes` is what neither we nor our engines hold."""
+
+    device: str
+    total_bytes: int
+    used_bytes: int
+    foreign_bytes: int
+    engines: Mapping[str, int]
+
+
+class ConfigChanged(msgspec.Struct, frozen=True):
+    """A reload: the models and settings that hold from now on."""
+
+    models: tuple[ModelSpec, ...]
+    settings: SchedulerSettings
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed: the answer to a `WakeAt`."""
+
+
+Event = (
+    Arrived | Cancelled | Finished | LoadAsked | UnloadAsked | EngineReady | EngineFailed | EngineStopped
+    | LoadProgress | MemoryMeasured | ConfigChanged | Tick
+)
