@@ -11,13 +11,18 @@ import msgspec
 
 
 class SpawnSpec(msgspec.Struct, frozen=True):
-    """How to start one engine. `warm` asks for a fork from the warm launcher of `argv[0]`'s environment;
-    `module_argv` is then what the launcher puts into sys.argv for `warm_module`."""
+    """How to start one engine: `argv` for a plain start, `env` on top of ours.
+
+    `warm` asks for a fork from the warm launcher of the interpreter `argv[0]`; `argv` is then `python -m MODULE ARGS...`,
+    which the launcher runs in the fork as Python would. The launcher itself is started with `launcher_env`: what must
+    be set before the imports, and is the same for all engines of that interpreter.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str]
     cwd: str | None = None
     warm: bool = False
+    launcher_env: dict[str, str] = {}
 
 
 class Progress(msgspec.Struct, frozen=True):
