@@ -1,0 +1,160 @@
+"""Does the configuration make sense as a whole? What one key alone cannot tell: names, kinds, places, sums."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from proxy.config import CLASSES, LOCAL_KINDS, BackendConfig, Config, DevicesConfig, ModelConfig
+from proxy.config_shape import Problem, nearest, parse_listen, show
+from proxy.sizes import byte_size, format_size
+
+DEVICE_KINDS = ("nvidia", "host", "simulated")
+
+
+def meaning_problems(config: Config) -> list[Problem]:
+    """Every contradiction in a configuration of the right shape. Looks at model folders, starts nothing."""
+    backends = {backend.name: backend for backend in config.backends}
+    problems = [*_server(config), *_classes(config), *_devices(config.devices), *_backends(config)]
+    for model in config.models:
+        problems += _model(model, backends, config.devices)
+    problems += _groups(config.models, backends)
+    problems += _pinned(config.models, backends, config.devices)
+    return problems
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _server(config: Config) -> Iterator[Problem]:
+    server = config.server
+    for name, keys in (("listen", "api_keys"), ("admin_listen", "admin_keys")):
+        address = getattr(server, name)
+        if not is_loopback(parse_listen(address)[0]) and not getattr(server, keys):
+            remedy = f'set server.{keys}, e.g. ["file:keys.txt"], or listen on 127.0.0.1'
+            yield Problem(f"server.{name}", f"is {show(address)}, open to others, and server.{keys} is empty; {remedy}")
+    if server.listen == server.admin_listen and parse_listen(server.listen)[1] != 0:
+        yield Problem("server.admin_listen", f"is {show(server.admin_listen)}, as server.listen is; use another port")
+    if server.workers > 1:
+        yield Problem("server.workers", f"is {server.workers}; use 1, more are not supported yet")
+
+
+def _classes(config: Config) -> Iterator[Problem]:
+    for name in config.classes:
+        if name not in CLASSES:
+            yield Problem(f"classes.{name}", f"is not a latency class; {nearest(name, CLASSES)}")
+
+
+def _devices(devices: DevicesConfig) -> Iterator[Problem]:
+    for name in _twice([device.name for device in devices.simulated]):
+        yield Problem(f"devices.simulated[{name}].name", "is given twice; rename one of them")
+    for device in devices.simulated:
+        if device.name in DEVICE_KINDS:
+            yield Problem(f"devices.simulated[{device.name}].name", "is a kind of device; use another name, e.g. sim0")
+
+
+def _backends(config: Config) -> Iterator[Problem]:
+    for name in _twice([backend.name for backend in config.backends]):
+        yield Problem(f"backends[{name}].name", "is given twice; rename one of them")
+    for backend in config.backends:
+        at = f"backends[{backend.name}]"
+        if backend.kind == "openai" and backend.base_url is None:
+            yield Problem(f"{at}.base_url", 'is missing; kind openai needs it, e.g. "https://llm.example.com/v1"')
+        if backend.kind != "openai" and backend.base_url is not None:
+            yield Problem(f"{at}.base_url", f"is for kind openai only, and kind is {backend.kind}; remove it")
+        yield from _backend_device(at, backend, config.devices)
+
+
+def _backend_device(at: str, backend: BackendConfig, devices: DevicesConfig) -> Iterator[Problem]:
+    known = (*DEVICE_KINDS, *(device.name for device in devices.simulated))
+    if backend.device is not None and backend.device not in known:
+        yield Problem(f"{at}.device", f"is {show(backend.device)}; {nearest(backend.device, known)}")
+    elif backend.device == "nvidia" and not devices.nvidia:
+        yield Problem(f"{at}.device", 'is "nvidia", and devices.nvidia is false; set it to true, or use host')
+    elif backend.kind == "simulated" and backend.device in ("nvidia", "host"):
+        yield Problem(f"{at}.device", f"is {show(backend.device)}; a simulated engine needs a simulated device")
+    elif (backend.kind == "simulated" or backend.device == "simulated") and not devices.simulated:
+        yield Problem(at, "uses simulated devices, and there is none; add [[devices.simulated]] with name and memory")
+
+
+def _model(model: ModelConfig, backends: dict[str, BackendConfig], devices: DevicesConfig) -> Iterator[Problem]:
+    at = f"models[{model.id}]"
+    backend = backends.get(model.backend)
+    if backend is None:
+        yield Problem(f"{at}.backend", f"is {show(model.backend)}; {nearest(model.backend, backends)}")
+        return
+    if backend.kind == "vllm":
+        yield from _folder(at, model)
+    if backend.kind == "command" and not model.command:
+        yield Problem(f"{at}.command", 'is missing; kind command needs it, e.g. ["llama-server", "--port", "${PORT}"]')
+    if backend.kind in ("command", "simulated") and model.memory_bytes is None:
+        yield Problem(f"{at}.memory_bytes", f'is missing; kind {backend.kind} needs it, e.g. "6GiB"')
+    if backend.kind != "command" and model.command:
+        yield Problem(f"{at}.command", f"is for kind command only, and kind is {backend.kind}; remove it")
+    largest = max(_budgets(backend, devices), default=None)
+    if largest is not None and _memory(model) > largest:
+        yield Problem(
+            f"{at}.memory_bytes",
+            f"is {format_size(_memory(model))}, and the largest device for it has {format_size(largest)}; "
+            "use a smaller model, or raise the device's memory",
+        )
+
+
+def _folder(at: str, model: ModelConfig) -> Iterator[Problem]:
+    if model.path is None:
+        yield Problem(f"{at}.path", "is missing; kind vllm needs it: the folder with config.json and the weights")
+    elif not Path(model.path).is_dir():
+        yield Problem(f"{at}.path", f"is {show(model.path)}, which is no folder; put the model there, or name another")
+    elif not (Path(model.path) / "config.json").is_file():
+        yield Problem(f"{at}.path", f"is {show(model.path)}, which has no config.json; name a model's own folder")
+
+
+def _groups(models: tuple[ModelConfig, ...], backends: dict[str, BackendConfig]) -> Iterator[Problem]:
+    local = [model.id for model in models if model.backend in backends and backends[model.backend].kind in LOCAL_KINDS]
+    for name in _twice(local):
+        yield Problem(f"models[{name}]", "runs on two local backends; keep one of them, or give the other its own id")
+
+
+def _pinned(
+    models: tuple[ModelConfig, ...], backends: dict[str, BackendConfig], devices: DevicesConfig
+) -> Iterator[Problem]:
+    """Pinned models are never evicted, so those of one place must fit it together."""
+    places: dict[tuple[int, ...], list[ModelConfig]] = {}
+    for model in models:
+        if model.pinned and model.backend in backends:
+            places.setdefault(_budgets(backends[model.backend], devices), []).append(model)
+    for budgets, pinned in places.items():
+        needed = sum(map(_memory, pinned))
+        # one alone that is too large was reported with its own figures
+        if budgets and needed > sum(budgets) and len(pinned) > 1:
+            names = ", ".join(model.id for model in pinned)
+            says = f"together need {format_size(needed)}, and there is {format_size(sum(budgets))}; unpin one"
+            yield Problem(f"models[{names}].pinned", says)
+
+
+def _budgets(backend: BackendConfig, devices: DevicesConfig) -> tuple[int, ...]:
+    """Memory of the devices that a backend may use, where the file states it; empty where only the machine knows."""
+    if backend.kind == "openai":
+        return ()
+    simulated = {device.name: byte_size(device.memory) for device in devices.simulated}
+    if backend.device in simulated:
+        return (simulated[backend.device],)
+    if backend.kind == "simulated" or backend.device == "simulated":
+        return tuple(simulated.values())
+    on_host = backend.device == "host" or (backend.device is None and not devices.nvidia)
+    return (byte_size(devices.host_memory),) if on_host and devices.host_memory is not None else ()
+
+
+def _memory(model: ModelConfig) -> int:
+    return byte_size(model.memory_bytes or 0)
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
