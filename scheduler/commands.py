@@ -27,6 +27,7 @@ class Load(msgspec.Struct, frozen=True):
     engine_id: str
     model: str
     device: str
+    reason: str
 
 
 class Stop(msgspec.Struct, frozen=True):

@@ -51,6 +51,7 @@ class EngineReady(msgspec.Struct, frozen=True):
     device: str
     load_seconds: float
     adopted: bool = False
+    revision: str = ""
 
 
 class EngineFailed(msgspec.Struct, frozen=True):
@@ -75,13 +76,14 @@ class LoadProgress(msgspec.Struct, frozen=True):
 
 
 class MemoryMeasured(msgspec.Struct, frozen=True):
-    """A device was read. `foreign_bytes` is what neither we nor our engines hold."""
+    """A device was read. `foreign_bytes` is what neither we nor our engines hold; `overhead_bytes` is ours but no engine's."""
 
     device: str
     total_bytes: int
     used_bytes: int
     foreign_bytes: int
     engines: Mapping[str, int]
+    overhead_bytes: int = 0
 
 
 class ConfigChanged(msgspec.Struct, frozen=True):

@@ -52,7 +52,11 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What the scheduler must know of a local model (one deployment). `device_kind`: nvidia, host or simulated."""
+    """What the scheduler must know of a local model (one deployment).
+
+    `device_kind` is nvidia, host or simulated. `revision` names everything that an engine was started with: one that
+    runs under another revision is drained and replaced.
+    """
 
     name: str
     memory_bytes: int
@@ -63,6 +67,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     ttl_s: float | None = None
     max_queue: int = 1000
     load_estimate_s: float = 30.0
+    revision: str = ""
 
 
 class DeviceSpec(msgspec.Struct, frozen=True):

@@ -1,0 +1,72 @@
+"""What `vramp status` shows: a plain value made of the scheduler's state. Reads, changes nothing. O(models)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxy.config import Config, ModelConfig
+from scheduler.driver import Scheduler
+from scheduler.ledger import DeviceLedger
+from scheduler.model import LatencyClass, Residency
+from scheduler.state import ModelState
+
+
+def status(scheduler: Scheduler, config: Config, *, uptime_s: float, now: float, about: dict[str, str]) -> dict[str, Any]:
+    """The whole picture: devices, models, queues, last decisions. Sizes are bytes, times are seconds."""
+    core = scheduler.core
+    local = {model.id: model for model in config.models if model.id in core.models}
+    return {
+        **about,
+        "uptime_s": round(uptime_s, 1),
+        "devices": [_device(ledger) for ledger in core.devices.values()],
+        "models": [_model(state, local.get(name), core.devices, now) for name, state in core.models.items()]
+        + [_remote(model) for model in config.models if model.id not in core.models],
+        "waiting": [
+            {"class": c.name.lower(), "count": count} for c, count in zip(LatencyClass, core.waiting_by_class(), strict=True)
+        ],
+        "decisions": [{"t_s": d.at_s, "what": d.what, "why": d.why} for d in scheduler.decisions],
+    }
+
+
+def _device(ledger: DeviceLedger) -> dict[str, Any]:
+    spec = ledger.spec
+    return {
+        "name": spec.name,
+        "kind": spec.kind,
+        "capacity_bytes": spec.capacity_bytes,
+        "used_bytes": ledger.used,
+        "reserved_bytes": spec.reserve_bytes,
+        "overhead_bytes": ledger.overhead,
+        "foreign_bytes": ledger.foreign,
+        "held_bytes": ledger.held,
+        "free_bytes": ledger.free,
+        "starting": ledger.starting,
+    }
+
+
+def _model(state: ModelState, model: ModelConfig | None, devices: dict[str, DeviceLedger], now: float) -> dict[str, Any]:
+    engine = state.engine
+    holding = devices[engine.device].holding(engine.id) if engine is not None else None
+    waits = state.state in (Residency.LOADING, Residency.COLD) and (len(state.queue) > 0 or state.state is Residency.LOADING)
+    return {
+        "id": state.spec.name,
+        "backend": model.backend if model is not None else "",
+        "task": model.task if model is not None else "",
+        "device": engine.device if engine is not None else None,
+        "engine": engine.id if engine is not None else None,
+        "state": state.state.value,
+        "note": state.last_error if state.state is Residency.FAILED else state.note,
+        "progress": round(state.progress, 3),
+        "memory_bytes": state.spec.memory_bytes,
+        "measured_bytes": holding.measured if holding is not None else None,
+        "pinned": state.spec.pinned,
+        "in_flight": engine.in_flight if engine is not None else 0,
+        "waiting": len(state.queue),
+        "eta_s": round(state.expected_load_s(now), 1) if waits else None,
+        "last_used_s": round(now - state.last_used_s, 1) if engine is not None else None,
+        "loads": state.loads,
+    }
+
+
+def _remote(model: ModelConfig) -> dict[str, Any]:
+    return {"id": model.id, "backend": model.backend, "task": model.task, "state": "remote", "in_flight": 0, "waiting": 0}

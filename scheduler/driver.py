@@ -1,0 +1,433 @@
+"""The core's asyncio shell: it feeds events in, carries commands out, and hands leases to whoever asked.
+
+Everything that touches the core runs on the event loop's thread and without an `await` in between, so there are no locks
+and no races: a grant that reaches a task cancelled in the same turn of the loop is given back by the `with` block that
+the task leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol
+
+import msgspec
+
+from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.core import Core
+from scheduler.devices.base import Device
+from scheduler.engines.base import EngineExit, EngineKind, Progress
+from scheduler.events import (
+    ConfigChanged,
+    EngineFailed,
+    EngineReady,
+    EngineStopped,
+    Event,
+    LoadAsked,
+    LoadProgress,
+    MemoryMeasured,
+    Tick,
+    UnloadAsked,
+)
+from scheduler.model import RefusalCode, Residency, Ticket
+
+log = logging.getLogger("vramp.scheduler")
+
+DECISIONS_KEPT = 50
+
+
+class Refused(Exception):
+    """The scheduler turned a ticket away."""
+
+    def __init__(self, code: RefusalCode, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """The right to send one request to one engine. Waits are in seconds."""
+
+    engine_id: str
+    base_url: str
+    queue_s: float
+    load_s: float
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """How the engine of one model is started and stopped. Times are in seconds."""
+
+    kind: EngineKind
+    start_timeout_s: float
+    stop_timeout_s: float
+
+
+class EngineHandle(Protocol):
+    """What the supervisor returns of a running engine."""
+
+    @property
+    def base_url(self) -> str: ...
+
+
+class Engines(Protocol):
+    """The processes, as the driver needs them; `scheduler.engines.supervisor.Supervisor` in production."""
+
+    on_exit: Callable[[str, str, Sequence[str]], None]
+
+    async def start(
+        self,
+        engine_id: str,
+        model: str,
+        kind: EngineKind,
+        device_env: Mapping[str, str],
+        *,
+        device: str,
+        start_timeout_s: float,
+        stop_timeout_s: float,
+        on_progress: Callable[[Progress], None],
+        revision: str = "",
+    ) -> EngineHandle: ...
+
+    async def stop(self, engine_id: str, timeout_s: float) -> None: ...
+
+    def pids(self, engine_id: str) -> list[int]: ...
+
+    def launcher_pids(self) -> list[int]: ...
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """One line of the decision log: seconds since the scheduler started, what was done, why."""
+
+    at_s: float
+    what: str
+    why: str
+
+
+class Waiting:
+    """A ticket on its way to a lease. Leaving the `with` block withdraws it or gives the lease back, once."""
+
+    __slots__ = ("_closed", "_driver", "_future", "submitted_s", "ticket")
+
+    def __init__(self, driver: Scheduler, ticket: Ticket, future: asyncio.Future[Lease], now: float) -> None:
+        self._driver = driver
+        self._future = future
+        self._closed = False
+        self.ticket = ticket
+        self.submitted_s = now
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def granted(self) -> Lease:
+        """The lease. Raises `Refused`. May be cancelled and awaited again."""
+        if self._future.done():
+            return self._future.result()
+        return await asyncio.shield(self._future)
+
+    @property
+    def done(self) -> bool:
+        """Granted or refused."""
+        return self._future.done()
+
+    def describe(self) -> str:
+        """One line on what this ticket waits for."""
+        return self._driver.describe(self.ticket.id)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._driver.close_ticket(self)
+
+    def settle(self, result: Lease | Refused) -> None:
+        """Called by the driver, once."""
+        if self._future.done():
+            return
+        if isinstance(result, Refused):
+            self._future.set_exception(result)
+            self._future.exception()  # whoever left without asking must not cause a warning
+        else:
+            self._future.set_result(result)
+
+
+class Scheduler:
+    """The driver. `launches` says how each model's engine is started; `observe` sees every event and command."""
+
+    def __init__(
+        self,
+        core: Core,
+        devices: Sequence[Device],
+        engines: Engines,
+        launches: Mapping[str, Launch],
+        *,
+        measure_interval_s: float = 2.0,
+        observe: Callable[[Event | Command], None] = lambda _: None,
+    ) -> None:
+        self.core = core
+        self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
+        self._devices = {device.spec.name: device for device in devices}
+        self._engines = engines
+        self._launches = dict(launches)
+        self._measure_interval_s = measure_interval_s
+        self._observe = observe
+        self._loop = asyncio.get_running_loop()
+        self._started_s = self._loop.time()
+        self._waiting: dict[int, Waiting] = {}
+        self._urls: dict[str, str] = {}
+        self._ready_at: dict[str, float] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._watchers: set[asyncio.Event] = set()
+        self._next_ticket = 0
+        self._measure_soon = asyncio.Event()
+        engines.on_exit = self._engine_died
+
+    # ---------------------------------------------------------------- tickets
+
+    def new_ticket_id(self) -> int:
+        """A number no other ticket of this process has."""
+        self._next_ticket += 1
+        return self._next_ticket
+
+    def lease(self, ticket: Ticket) -> Waiting:
+        """Ask for a lease; the answer comes from `Waiting.granted()`. Use it in a `with` block."""
+        now = self._loop.time()
+        waiting = Waiting(self, ticket, self._loop.create_future(), now)
+        self._waiting[ticket.id] = waiting
+        self._carry_out(self.core.arrive(ticket, now))
+        return waiting
+
+    def close_ticket(self, waiting: Waiting) -> None:
+        """Withdraw a ticket or give its lease back."""
+        if self._waiting.pop(waiting.ticket.id, None) is not None:
+            self._carry_out(self.core.cancel(waiting.ticket.id, self._loop.time()))
+
+    def describe(self, ticket_id: int) -> str:
+        """What the ticket waits for, for people."""
+        return self.core.describe(ticket_id, self._loop.time())
+
+    # -------------------------------------------------------------- operators
+
+    def adopt(self, engine_id: str, model: str, device: str, base_url: str, revision: str) -> None:
+        """Take over an engine that outlived an earlier proxy and answered a probe."""
+        self._urls[engine_id] = base_url
+        self.dispatch(EngineReady(engine_id, model, device, 0.0, adopted=True, revision=revision))
+
+    def reload(self, event: ConfigChanged, launches: Mapping[str, Launch]) -> None:
+        """New models and settings; engines whose configuration changed are drained and replaced."""
+        self._launches.update(launches)
+        self.dispatch(event)
+
+    async def load(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
+        """Make a model resident; yields (state, progress 0..1, note) at every change until it is ready or has failed."""
+        model = self.core.models.get(name)
+        reason = self.core.never_fits(model.spec) if model is not None and model.engine is None else None
+        if reason is not None:
+            yield Residency.FAILED, 0.0, reason
+            return
+        self.dispatch(LoadAsked(name))
+        async for state in self._follow(name, until=frozenset({Residency.READY, Residency.FAILED})):
+            yield state
+
+    async def unload(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
+        """Drain and stop a model; yields its states until it is gone."""
+        self.dispatch(UnloadAsked(name))
+        async for state in self._follow(name, until=frozenset({Residency.COLD, Residency.FAILED})):
+            yield state
+
+    async def _follow(self, name: str, until: frozenset[Residency]) -> AsyncIterator[tuple[Residency, float, str]]:
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            last = None
+            while (model := self.core.models.get(name)) is not None:
+                changed.clear()
+                note = model.last_error if model.state is Residency.FAILED else model.note
+                state = (model.state, model.progress, note)
+                if state != last:
+                    last = state
+                    yield state
+                if model.state in until:
+                    return
+                await changed.wait()
+        finally:
+            self._watchers.discard(changed)
+
+    # ----------------------------------------------------------------- events
+
+    def dispatch(self, event: Event) -> None:
+        """Feed one event in and carry out what the core answers."""
+        self._observe(event)
+        self._carry_out(self.core.step(event, self._loop.time()))
+        for watcher in self._watchers:
+            watcher.set()
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            self._observe(command)
+            match command:
+                case Admit():
+                    self._admit(command)
+                case Refuse():
+                    self._refuse(command)
+                case Load():
+                    self._note(f"load {command.model} on {command.device}", command.reason)
+                    self._start(command)
+                case Stop():
+                    self._note(f"stop {command.engine_id}", command.reason)
+                    self._background(self._stop(command.engine_id))
+                case WakeAt(at_s):
+                    self._wake_at(at_s)
+
+    def _admit(self, command: Admit) -> None:
+        waiting = self._waiting[command.ticket_id]
+        now = self._loop.time()
+        ready_at = self._ready_at.get(command.engine_id, 0.0)
+        load_s = max(0.0, ready_at - waiting.submitted_s)
+        queue_s = max(0.0, now - waiting.submitted_s - load_s)
+        waiting.settle(Lease(command.engine_id, self._urls[command.engine_id], queue_s, load_s))
+
+    def _refuse(self, command: Refuse) -> None:
+        waiting = self._waiting.pop(command.ticket_id, None)
+        if waiting is not None:
+            self._note(f"refuse a request for {waiting.ticket.model}: {command.code}", command.reason)
+            waiting.settle(Refused(RefusalCode(command.code), command.reason, command.retry_after_s))
+
+    def _note(self, what: str, why: str) -> None:
+        self.decisions.append(Decision(round(self._loop.time() - self._started_s, 3), what, why))
+
+    def _wake_at(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at_s, self.dispatch, Tick())
+
+    # ---------------------------------------------------------------- engines
+
+    def _start(self, command: Load) -> None:
+        task = self._loop.create_task(self._run_start(command), name=f"start {command.engine_id}")
+        self._starting[command.engine_id] = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_start(self, command: Load) -> None:
+        engine_id, begun = command.engine_id, self._loop.time()
+        launch = self._launches[command.model]
+        device = self._devices[command.device]
+        spec = self.core.models[command.model].spec
+
+        def progress(seen: Progress) -> None:
+            self.dispatch(LoadProgress(engine_id, seen.fraction, seen.note))
+
+        try:
+            handle = await self._engines.start(
+                engine_id,
+                command.model,
+                launch.kind,
+                device.engine_env(),
+                device=command.device,
+                start_timeout_s=launch.start_timeout_s,
+                stop_timeout_s=launch.stop_timeout_s,
+                on_progress=progress,
+                revision=spec.revision,
+            )
+        except EngineExit as failure:
+            self._starting.pop(engine_id, None)
+            self._failed(engine_id, failure.reason, failure.log_tail)
+            return
+        except Exception as error:  # a bug of ours or of a kind's must not leave the model loading for ever
+            log.exception("starting %s failed", engine_id)
+            self._starting.pop(engine_id, None)
+            self._failed(engine_id, f"{type(error).__name__}: {error}", ())
+            return
+        self._starting.pop(engine_id, None)
+        now = self._loop.time()
+        self._urls[engine_id], self._ready_at[engine_id] = handle.base_url, now
+        await self._measure(device)  # its start lease ends with a figure, not with a guess
+        self._note(f"{engine_id} is ready", f"after {now - begun:.1f} s")
+        self.dispatch(EngineReady(engine_id, command.model, command.device, now - begun))
+
+    def _engine_died(self, engine_id: str, reason: str, log_tail: Sequence[str]) -> None:
+        self._failed(engine_id, reason, log_tail)
+
+    def _failed(self, engine_id: str, reason: str, log_tail: Sequence[str]) -> None:
+        log.error("engine %s failed: %s", engine_id, reason)
+        for line in log_tail:
+            log.error("  %s | %s", engine_id, line)
+        self._note(f"{engine_id} failed", reason)
+        self._forget(engine_id)
+        self.dispatch(EngineFailed(engine_id, reason))
+
+    async def _stop(self, engine_id: str) -> None:
+        starting = self._starting.pop(engine_id, None)
+        if starting is not None:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+        model = engine_id.rpartition("#")[0]
+        launch = self._launches.get(model)
+        await self._engines.stop(engine_id, launch.stop_timeout_s if launch else 10.0)
+        self._forget(engine_id)
+        self._measure_soon.set()
+        self.dispatch(EngineStopped(engine_id))
+
+    def _forget(self, engine_id: str) -> None:
+        self._urls.pop(engine_id, None)
+        self._ready_at.pop(engine_id, None)
+
+    def _background(self, work: object) -> None:
+        task = self._loop.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ----------------------------------------------------------------- memory
+
+    async def _measure(self, device: Device) -> None:
+        pids = {
+            model.engine.id: self._engines.pids(model.engine.id)
+            for model in self.core.models.values()
+            if model.engine is not None and model.engine.device == device.spec.name
+        }
+        try:
+            reading = await asyncio.to_thread(device.measure, pids, self._engines.launcher_pids())
+        except OSError as error:
+            log.warning("device %s could not be read: %s", device.spec.name, error)
+            return
+        self.dispatch(
+            MemoryMeasured(
+                device.spec.name,
+                reading.total_bytes,
+                reading.used_bytes,
+                reading.foreign_bytes,
+                reading.engines,
+                reading.overhead_bytes,
+            )
+        )
+
+    async def run(self) -> None:
+        """Read the devices for ever. Cancel it to stop; engines are left as they are."""
+        try:
+            while True:
+                for device in self._devices.values():
+                    await self._measure(device)
+                self._measure_soon.clear()
+                try:
+                    await asyncio.wait_for(self._measure_soon.wait(), self._measure_interval_s)
+                except TimeoutError:
+                    continue
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

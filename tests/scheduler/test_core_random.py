@@ -1,0 +1,180 @@
+"""A long random life: arrivals, cancels, deaths, foreign memory, late and doubled news. Nothing is lost, nothing hangs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.core import Core
+from scheduler.events import (
+    Arrived,
+    Cancelled,
+    EngineFailed,
+    EngineReady,
+    EngineStopped,
+    Event,
+    Finished,
+    LoadAsked,
+    LoadProgress,
+    MemoryMeasured,
+    Tick,
+    UnloadAsked,
+)
+from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, SchedulerSettings, Ticket
+
+MiB = 1 << 20
+
+
+class Chaos:
+    """Plays the engines, the clients and the machine at random; keeps its own books and compares."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        models = [
+            ModelSpec(
+                f"m{i}",
+                self.rng.choice((200, 400, 700, 900)) * MiB,
+                self.rng.choice(("host", "host", "nvidia")),
+                max_sequences=self.rng.choice((1, 2, 8)),
+                kv_tokens=self.rng.choice((50, 1000)),
+                pinned=i == 0,
+                ttl_s=self.rng.choice((None, 20.0)),
+                max_queue=20,
+            )
+            for i in range(8)
+        ]
+        devices = [DeviceSpec("ram", "host", 1500 * MiB), *(DeviceSpec(f"gpu{i}", "nvidia", 1000 * MiB) for i in range(2))]
+        self.core = Core(devices, models, SchedulerSettings(pressure_threshold=0.9, max_wait_s=120.0))
+        self.now = 0.0
+        self.names = [m.name for m in models]
+        self.waiting: set[int] = set()
+        self.running: set[int] = set()
+        self.answered = 0
+        self.tickets = 0
+        self.loading: dict[str, Load] = {}
+        self.alive: dict[str, Load] = {}
+        self.stopping: list[str] = []
+
+    def feed(self, event: Event) -> None:
+        for command in self.core.step(event, self.now):
+            self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Admit(ticket_id, engine_id):
+                assert engine_id in self.alive, "admitted to an engine that is not there"
+                self.waiting.remove(ticket_id)
+                self.running.add(ticket_id)
+            case Refuse(ticket_id, _, reason):
+                assert reason
+                self.waiting.remove(ticket_id)
+                self.answered += 1
+            case Load(engine_id, _, device):
+                assert not any(load.device == device for load in self.loading.values()), "two starts on one device"
+                self.loading[engine_id] = command
+            case Stop(engine_id):
+                self.loading.pop(engine_id, None)
+                self.alive.pop(engine_id, None)
+                self.stopping.append(engine_id)
+            case WakeAt():
+                pass
+
+    def play(self) -> None:
+        self.now += self.rng.choice((0.0, 0.01, 0.5, 3.0)) if self.rng.random() < 0.999 else 1000.0
+        moves: list[tuple[int, Callable[[], None]]] = [
+            (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped), (2, self.fail),
+            (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
+        ]  # fmt: skip
+        (move,) = self.rng.choices([m for _, m in moves], [w for w, _ in moves])
+        move()
+
+    def arrive(self) -> None:
+        self.tickets += 1
+        deadline = self.now + self.rng.uniform(-1, 60) if self.rng.random() < 0.1 else None
+        ticket = Ticket(
+            self.tickets,
+            self.rng.choice(self.names),
+            self.rng.choice(list(LatencyClass)),
+            weight_tokens=self.rng.choice((1, 30, 5000)),
+            deadline_s=deadline,
+        )
+        self.waiting.add(ticket.id)
+        self.feed(Arrived(ticket))
+
+    def finish(self) -> None:
+        if self.running:
+            ticket = self.rng.choice(sorted(self.running))
+            self.running.remove(ticket)
+            self.answered += 1
+            self.feed(Finished(ticket))
+
+    def cancel(self) -> None:
+        if self.waiting:
+            ticket = self.rng.choice(sorted(self.waiting))
+            self.waiting.remove(ticket)
+            self.answered += 1
+            self.feed(Cancelled(ticket))
+
+    def ready(self) -> None:
+        if self.loading:
+            engine_id = self.rng.choice(sorted(self.loading))
+            load = self.loading.pop(engine_id)
+            self.alive[engine_id] = load
+            self.feed(EngineReady(engine_id, load.model, load.device, 3.0))
+
+    def stopped(self) -> None:
+        if self.stopping:
+            self.feed(EngineStopped(self.stopping.pop(self.rng.randrange(len(self.stopping)))))
+
+    def fail(self) -> None:
+        engines = sorted(self.loading | self.alive)
+        if engines:
+            engine_id = self.rng.choice(engines)
+            self.loading.pop(engine_id, None)
+            self.alive.pop(engine_id, None)
+            self.feed(EngineFailed(engine_id, "killed"))
+
+    def measure(self) -> None:
+        device = self.rng.choice(("ram", "gpu0", "gpu1"))
+        engines = {e: self.rng.randrange(1, 1000) * MiB for e, load in self.alive.items() if load.device == device}
+        self.feed(MemoryMeasured(device, 0, 0, self.rng.choice((0, 0, 100, 800)) * MiB, engines, 10 * MiB))
+
+    def tick(self) -> None:
+        self.feed(Tick())
+
+    def operate(self) -> None:
+        self.feed(self.rng.choice((LoadAsked, UnloadAsked))(self.rng.choice(self.names)))
+
+    def noise(self) -> None:
+        self.feed(
+            self.rng.choice(
+                (Finished(10**9), Cancelled(10**9), EngineStopped("x#1"), EngineFailed("x#1", ""), LoadProgress("x#1", 0.5, ""))
+            )
+        )
+
+    def calm_down(self) -> None:
+        """Engines obey, clients finish, strangers leave: everybody who waits must be answered."""
+        for device in ("ram", "gpu0", "gpu1"):
+            self.feed(MemoryMeasured(device, 0, 0, 0, {}))
+        for _ in range(2000):
+            if not (self.waiting or self.running):
+                return
+            self.now += 1.0
+            self.tick()
+            self.ready()
+            self.stopped()
+            self.finish()
+        raise AssertionError(f"still waiting after a long calm: {self.waiting}, {self.core.models}")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nothing_is_lost_whatever_happens(seed: int) -> None:
+    chaos = Chaos(seed)
+    for _ in range(1500):
+        chaos.play()
+        chaos.core.check()
+    chaos.calm_down()
+    assert chaos.answered == chaos.tickets
