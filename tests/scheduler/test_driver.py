@@ -1,0 +1,246 @@
+"""The asyncio shell: leases, cancellation, engines that fail or die, and no lease lost on any way out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from scheduler.core import Core
+from scheduler.devices.base import Reading
+from scheduler.driver import Launch, Refused, Scheduler
+from scheduler.engines.base import EngineExit, Progress
+from scheduler.events import ConfigChanged
+from scheduler.model import DeviceSpec, ModelSpec, RefusalCode, Residency, SchedulerSettings, Ticket
+
+MiB = 1 << 20
+
+
+class Handle(msgspec.Struct):
+    base_url: str
+
+
+class FakeEngines:
+    """Engines without processes: a start waits for `let[engine_id]`, which holds None or the error to raise."""
+
+    def __init__(self) -> None:
+        self.on_exit: Callable[[str, str, Sequence[str]], None] = lambda *_: None
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.let: dict[str, asyncio.Future[None]] = {}
+        self.progress: dict[str, Callable[[Progress], None]] = {}
+        self.at_once = True
+
+    async def start(self, engine_id: str, model: str, kind: object, device_env: Mapping[str, str], **how: Any) -> Handle:
+        self.started.append(engine_id)
+        self.progress[engine_id] = how["on_progress"]
+        self.let[engine_id] = asyncio.get_running_loop().create_future()
+        if self.at_once:
+            self.let[engine_id].set_result(None)
+        await self.let[engine_id]
+        return Handle(f"http://{engine_id}")
+
+    async def stop(self, engine_id: str, timeout_s: float) -> None:
+        self.stopped.append(engine_id)
+
+    def pids(self, engine_id: str) -> list[int]:
+        return []
+
+    def launcher_pids(self) -> list[int]:
+        return []
+
+
+class FakeDevice:
+    spec = DeviceSpec("ram", "host", 1000 * MiB)
+
+    def measure(self, engines: Mapping[str, Sequence[int]], overhead: Sequence[int]) -> Reading:
+        return Reading(1000 * MiB, 0, 0, dict.fromkeys(engines, 500 * MiB))
+
+    def engine_env(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[tuple[Scheduler, FakeEngines]]:
+    engines = FakeEngines()
+    models = [ModelSpec(name, 700 * MiB, "host", max_sequences=2) for name in "ab"]
+    core = Core([FakeDevice.spec], models, SchedulerSettings())
+    launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)  # type: ignore[arg-type]
+    scheduler = Scheduler(core, [FakeDevice()], engines, {"a": launch, "b": launch})
+    yield scheduler, engines
+    core.check()
+
+
+Rig = tuple[Scheduler, FakeEngines]
+
+
+async def serve(scheduler: Scheduler, model: str) -> str:
+    """One whole request; returns the URL it was sent to."""
+    with scheduler.lease(Ticket(scheduler.new_ticket_id(), model)) as waiting:
+        return (await waiting.granted()).base_url
+
+
+async def settle() -> None:
+    """Lets everything that can run without time passing run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_request_loads_its_model_and_the_next_one_finds_it_there(rig: Rig) -> None:
+    scheduler, engines = rig
+    assert await serve(scheduler, "a") == "http://a#1"
+    assert await serve(scheduler, "a") == "http://a#1"
+    assert engines.started == ["a#1"]
+
+
+async def test_models_trade_places_and_the_victim_is_stopped_first(rig: Rig) -> None:
+    scheduler, engines = rig
+    for model in ("a", "b", "a"):
+        await serve(scheduler, model)
+    assert engines.started == ["a#1", "b#2", "a#3"]
+    assert engines.stopped == ["a#1", "b#2"]
+
+
+async def test_a_client_that_leaves_while_waiting_takes_its_ticket_along(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    gone = asyncio.create_task(serve(scheduler, "a"))
+    await settle()
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert not len(scheduler.core.models["a"].queue)
+    engines.let["a#1"].set_result(None)
+    assert await serve(scheduler, "a") == "http://a#1"
+
+
+async def test_a_grant_that_reaches_a_task_cancelled_in_the_same_turn_is_given_back(rig: Rig) -> None:
+    scheduler, engines = rig
+    await serve(scheduler, "a")
+    holders = [scheduler.lease(Ticket(scheduler.new_ticket_id(), "a")) for _ in range(2)]
+    victim = asyncio.create_task(serve(scheduler, "a"))
+    await settle()
+    holders[0].close()  # grants the victim ...
+    victim.cancel()  # ... which is cancelled before it runs
+    with pytest.raises(asyncio.CancelledError):
+        await victim
+    holders[1].close()
+    assert scheduler.core.models["a"].engine.in_flight == 0
+    assert await serve(scheduler, "a") == "http://a#1"
+
+
+async def test_closing_twice_gives_back_once(rig: Rig) -> None:
+    scheduler, _ = rig
+    await serve(scheduler, "a")
+    waiting = scheduler.lease(Ticket(scheduler.new_ticket_id(), "a"))
+    other = scheduler.lease(Ticket(scheduler.new_ticket_id(), "a"))
+    waiting.close()
+    waiting.close()
+    assert scheduler.core.models["a"].engine.in_flight == 1
+    other.close()
+
+
+async def test_a_start_that_fails_tells_who_waits_why(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    request = asyncio.create_task(serve(scheduler, "a"))
+    await settle()
+    engines.let["a#1"].set_exception(EngineExit("no such folder", ["last words"]))
+    with pytest.raises(Refused, match="a could not be loaded: no such folder") as refused:
+        await request
+    assert refused.value.code is RefusalCode.LOAD_FAILED
+    assert refused.value.retry_after_s == pytest.approx(5.0, abs=0.5)
+    engines.at_once = True
+    assert await serve(scheduler, "b") == "http://b#2"
+
+
+async def test_a_bug_in_a_start_is_a_failure_not_a_hang(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    request = asyncio.create_task(serve(scheduler, "a"))
+    await settle()
+    engines.let["a#1"].set_exception(ZeroDivisionError("oops"))
+    with pytest.raises(Refused, match="ZeroDivisionError: oops"):
+        await request
+
+
+async def test_an_engine_that_dies_is_replaced_for_the_next_request(rig: Rig) -> None:
+    scheduler, engines = rig
+    await serve(scheduler, "a")
+    engines.on_exit("a#1", "killed by signal 9", ())
+    assert scheduler.core.models["a"].state is Residency.COLD
+    assert await serve(scheduler, "a") == "http://a#2"
+
+
+async def test_an_operators_unload_breaks_off_a_start(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    loading = asyncio.create_task(anext(scheduler.load("a")))
+    await settle()
+    await loading
+    states = [state async for state, _, _ in scheduler.unload("a")]
+    assert states[-1] is Residency.COLD
+    assert engines.stopped == ["a#1"]
+    assert engines.let["a#1"].cancelled()
+    engines.at_once = True
+    assert await serve(scheduler, "a") == "http://a#2"
+
+
+async def test_an_operators_load_follows_the_start(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    seen: list[tuple[Residency, float, str]] = []
+
+    async def follow() -> None:
+        seen.extend([state async for state in scheduler.load("a")])
+
+    task = asyncio.create_task(follow())
+    await settle()
+    engines.progress["a#1"](Progress(0.5, "loading weights"))
+    await settle()
+    engines.let["a#1"].set_result(None)
+    await task
+    assert (Residency.LOADING, 0.5, "loading weights") in seen
+    assert seen[-1] == (Residency.READY, 1.0, "")
+
+
+async def test_a_load_that_cannot_fit_says_so_at_once(rig: Rig) -> None:
+    scheduler, engines = rig
+    scheduler.dispatch(ConfigChanged((ModelSpec("a", 5000 * MiB, "host"),), SchedulerSettings()))
+    ((state, _, note),) = [each async for each in scheduler.load("a")]
+    assert state is Residency.FAILED
+    assert "a needs 4.88 GiB and ram can give at most 1000 MiB" in note
+    assert engines.started == []
+
+
+async def test_an_adopted_engine_serves_without_a_start(rig: Rig) -> None:
+    scheduler, engines = rig
+    scheduler.adopt("a#9", "a", "ram", "http://a#9", "")
+    assert await serve(scheduler, "a") == "http://a#9"
+    assert engines.started == []
+
+
+async def test_the_waits_on_a_lease_tell_loading_from_queueing(rig: Rig) -> None:
+    scheduler, engines = rig
+    engines.at_once = False
+    waiting = scheduler.lease(Ticket(scheduler.new_ticket_id(), "a"))
+    await settle()
+    assert waiting.describe().startswith("loading a, 0%")
+    await asyncio.sleep(0.01)
+    engines.let["a#1"].set_result(None)
+    lease = await waiting.granted()
+    assert lease.load_s >= 0.009
+    assert lease.queue_s < lease.load_s
+    waiting.close()
+
+
+async def test_decisions_are_kept_with_their_reasons(rig: Rig) -> None:
+    scheduler, _ = rig
+    await serve(scheduler, "a")
+    await serve(scheduler, "b")
+    said = [(decision.what, decision.why) for decision in scheduler.decisions]
+    assert said[0] == ("load a on ram", "1 waiting; needs 700 MiB of 1000 MiB free")
+    assert any(what == "stop a#1" and "evicted for b, which needs 700 MiB" in why for what, why in said)
