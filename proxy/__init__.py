@@ -1,1 +1,3 @@
 """People, wires, money: which candidates may serve a call."""
+
+__version__ = "0.1.0"

@@ -335,6 +335,10 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         None
     )
     licence: Annotated[str | None, Key("Its licence.", absent="say nothing", example="Apache-2.0")] = None
+    sample_prompt: Annotated[
+        str | None,
+        Key("What to ask it in the lines to try, printed at start.", absent='ask "Hello!"', example="Who are you?"),
+    ] = None
 
 
 class DefaultsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

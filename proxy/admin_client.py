@@ -1,0 +1,211 @@
+"""The operators' API of a running server as Python calls: what `vramp status`, `models`, `load` and `unload` speak.
+
+Standard library only for the wire: a command that lives for 50 ms has no use for an event loop.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+from collections.abc import Iterator
+from typing import Final, TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+T = TypeVar("T")
+TIMEOUT_S: Final = 10.0
+# a load is silent while weights are read; the server's own start timeout ends it long before
+LOAD_TIMEOUT_S: Final = 3600.0
+
+
+class AdminError(Exception):
+    """The server could not be asked, or refused; the message has the remedy. `exit_code` is the command's."""
+
+    exit_code = 1
+
+
+class UnreachableError(AdminError):
+    """No server at the address."""
+
+    exit_code = 3
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """One device, in bytes."""
+
+    name: str
+    kind: str = ""
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    reserved_bytes: int = 0
+    foreign_bytes: int = 0
+    free_bytes: int = 0
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """One model and its engine. `progress` is 0 to 1 while it loads."""
+
+    id: str
+    backend: str = ""
+    device: str | None = None
+    state: str = ""
+    note: str | None = None
+    progress: float | None = None
+    memory_bytes: int | None = None
+    measured_bytes: int | None = None
+    pinned: bool = False
+    in_flight: int = 0
+    waiting: int = 0
+    eta_s: float | None = None
+    last_used_s: float | None = None
+    loads: int = 0
+    task: str = ""
+
+
+class Waiting(msgspec.Struct, frozen=True, rename={"latency_class": "class"}):
+    """Requests of one latency class that wait."""
+
+    latency_class: str
+    count: int
+
+
+class DecisionStatus(msgspec.Struct, frozen=True):
+    """What the scheduler did and why; `t_s` on the server's clock, whose present is `uptime_s`."""
+
+    t_s: float
+    what: str
+    why: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The whole of GET /admin/api/status. Keys that we do not know are a newer server's, and ignored."""
+
+    version: str = ""
+    backend: str = ""
+    uptime_s: float = 0.0
+    config: str = ""
+    devices: tuple[DeviceStatus, ...] = ()
+    models: tuple[ModelStatus, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
+    decisions: tuple[DecisionStatus, ...] = ()
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One line of a load or unload: where it stands, and at last `done`, perhaps with an `error`."""
+
+    state: str = ""
+    progress: float | None = None
+    note: str | None = None
+    done: bool = False
+    error: str | None = None
+
+
+class _Inner(msgspec.Struct):
+    message: str
+
+
+class _Envelope(msgspec.Struct):
+    error: _Inner | str
+
+
+class AdminClient:
+    """Speaks to one server. A connection per call: there are few, and none outlives its command."""
+
+    def __init__(self, address: str, key: str | None = None) -> None:
+        """`address` is HOST:PORT or a URL. Raises AdminError if it is neither."""
+        parts = urlsplit(address if "//" in address else f"http://{address}")
+        try:
+            self.host, self.port = parts.hostname or "", parts.port
+        except ValueError:
+            self.host, self.port = "", None
+        if parts.scheme not in ("http", "https") or not self.host:
+            raise AdminError(f"{address} is no address of a server; use HOST:PORT or http://HOST:PORT")
+        self.address = parts.netloc.rpartition("@")[2]
+        self._tls = parts.scheme == "https"
+        self._prefix = parts.path.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def get(self, path: str) -> bytes:
+        """The JSON at /admin/api/`path`."""
+        connection, response = self._send("GET", path, TIMEOUT_S)
+        try:
+            return response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise AdminError(f"the connection to {self.address} broke ({error}); try again") from None
+        finally:
+            connection.close()
+
+    def status(self) -> Status:
+        """Devices, models, queues and decisions."""
+        return self._decode(self.get("status"), Status)
+
+    def change(self, model: str, action: str) -> Iterator[Step]:
+        """Loads or unloads a model, step by step. Raises AdminError where it fails, also in the middle."""
+        connection, response = self._send("POST", f"models/{quote(model, safe='')}/{action}", LOAD_TIMEOUT_S)
+        try:
+            for line in response:
+                step = self._decode(line, Step)
+                if step.error:
+                    raise AdminError(f"{action} of {model} failed: {step.error}")
+                yield step
+                if step.done:
+                    return
+        except (OSError, http.client.HTTPException) as error:
+            raise AdminError(f"the connection to {self.address} broke ({error}); see vramp status") from None
+        finally:
+            connection.close()
+        raise AdminError(f"the server ended the {action} of {model} without a result; see vramp status")
+
+    def _send(
+        self, method: str, path: str, timeout_s: float
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=timeout_s)
+        try:
+            connection.request(method, f"{self._prefix}/admin/api/{path}", headers=self._headers)
+            response = connection.getresponse()
+        except OSError as error:
+            connection.close()
+            raise self._unreachable(error) from None
+        except http.client.HTTPException:
+            connection.close()
+            raise AdminError(f"what listens on {self.address} is not a vramp; name its admin_listen") from None
+        if response.status == http.client.OK:
+            return connection, response
+        try:
+            raise self._refusal(response)
+        finally:
+            connection.close()
+
+    def _unreachable(self, error: Exception) -> AdminError:
+        if isinstance(error, TimeoutError):
+            return AdminError(f"{self.address} does not answer within {TIMEOUT_S:g} s; see the server's log")
+        return UnreachableError(
+            f"nothing listens on {self.address} ({getattr(error, 'strerror', None) or error}); start it with "
+            "`vramp serve`, or name another address with --admin or VRAMP_ADMIN"
+        )
+
+    def _refusal(self, response: http.client.HTTPResponse) -> AdminError:
+        if response.status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
+            return AdminError(f"{self.address} wants an operator's key; set VRAMP_ADMIN_KEY to one of its admin_keys")
+        try:
+            error = msgspec.json.decode(response.read(), type=_Envelope).error
+        except (msgspec.DecodeError, OSError, http.client.HTTPException):
+            return AdminError(
+                f"{self.address} answered {response.status}, not as vramp's operators' API does; name its admin_listen"
+            )
+        return AdminError(error if isinstance(error, str) else error.message)
+
+    def _decode(self, data: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.DecodeError:
+            raise AdminError(
+                f"{self.address} does not answer as vramp's operators' API does; name its admin_listen"
+            ) from None
+
+
+def operator_key() -> str | None:
+    """The key for the operators' API, from VRAMP_ADMIN_KEY: an option would be seen in the list of processes."""
+    return os.environ.get("VRAMP_ADMIN_KEY", "").strip() or None

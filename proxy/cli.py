@@ -1,0 +1,178 @@
+"""The `vramp` command: options and help texts. What a command does stands in `proxy.cli_serve` and `proxy.cli_admin`.
+
+Only click is imported before a command runs, so that `--help` and shell completion answer at once.
+"""
+
+# ruff: noqa: PLC0415 - imports inside the commands, see above
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from proxy import __version__
+
+EXAMPLES = """\b
+Try it:
+  vramp serve                          the demo, on http://127.0.0.1:8080
+  vramp serve --model ~/models/qwen3   your own model
+  vramp status --watch                 what runs where, and why
+"""
+
+
+def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from ext.backend import BACKEND
+
+    click.echo(f"vramp {__version__} ({BACKEND})")
+    ctx.exit()
+
+
+@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+    help="Show the version, and whether the native code is in use.",
+)  # fmt: skip
+def main() -> None:
+    """One URL for many models: more local ones than fit into memory at once, and remote ones."""
+
+
+def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the commands that talk to a running server."""
+    config = click.option("--config", metavar="FILE", help="Configuration whose admin_listen to use.")
+    admin = click.option(
+        "--admin", metavar="ADDRESS", envvar="VRAMP_ADMIN", show_envvar=True,
+        help="HOST:PORT or URL of the server's admin_listen. Default: as in --config, else 127.0.0.1:8081. "
+        "An operator's key is read from the environment variable VRAMP_ADMIN_KEY.",
+    )  # fmt: skip
+    return admin(config(command))
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  vramp serve
+  vramp serve --config vramp.toml
+  vramp serve --model ~/models/qwen3 --model ~/models/bge-small --listen 127.0.0.1:9000
+"""
+)
+@click.option("--config", metavar="FILE", help="Configuration, see configs/vramp.example.toml.")
+@click.option("--model", "models", metavar="PATH", multiple=True, help="Folder of a model to serve; may be repeated.")
+@click.option("--listen", metavar="HOST:PORT", help="Where clients connect.  [default: 127.0.0.1:8080]")
+@click.option("--admin-listen", metavar="HOST:PORT", help="Where operators connect.  [default: 127.0.0.1:8081]")
+@click.option("--workers", type=click.IntRange(1), default=1, help="Worker processes; only 1 for now.")
+@click.option(
+    "--engine", type=click.Choice(["auto", "simulated"]), default="auto", show_default=True,
+    help="simulated: run every local model on a simulated engine, which needs no vLLM and answers with simulated text.",
+)  # fmt: skip
+def serve(
+    config: str | None,
+    models: tuple[str, ...],
+    listen: str | None,
+    admin_listen: str | None,
+    workers: int,
+    engine: str,
+) -> None:
+    """Serve models until Ctrl-C.
+
+    Without --config it serves the models that --model names; without either, the demo. It first checks what would
+    fail later: ports, memory, disk, compiler, model folders. SIGHUP reads the configuration again, SIGTERM lets
+    requests in flight finish.
+    """
+    if workers > 1:
+        raise click.UsageError(f"--workers {workers}: one process serves for now; use --workers 1 or leave it out.")
+    from proxy.cli_serve import serve
+    from proxy.config_load import Start
+
+    serve(Start(config=config, models=models, engine=engine, listen=listen, admin_listen=admin_listen))
+
+
+@main.command(
+    epilog="""\b
+Example:
+  vramp check /etc/vramp/vramp.toml && systemctl reload vramp
+"""
+)
+@click.argument("config")
+def check(config: str) -> None:
+    """Check the configuration file CONFIG without starting anything.
+
+    Prints every problem, a line each with file, key, value and remedy, and exits with 1 if there is one. What
+    depends on this machine at this moment (ports, memory) is a warning here, and fails only `vramp serve`.
+    """
+    from proxy.cli_serve import check
+
+    check(config)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  vramp status
+  vramp status --watch
+  vramp status --json | jq '.models[] | select(.state == "ready") | .id'
+"""
+)
+@click.option("--watch", is_flag=True, help="Redraw every second until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the server answers, for programs.")
+@_admin_options
+def status(watch: bool, as_json: bool, admin: str | None, config: str | None) -> None:
+    """Show devices, models, queues, and the last decisions with their reasons."""
+    if watch and as_json:
+        raise click.UsageError("--watch draws tables and --json prints for programs; use one of them.")
+    from proxy.cli_admin import connect, show_status, watch_status
+
+    client = connect(admin, config)
+    if watch:
+        watch_status(client)
+    else:
+        show_status(client, as_json)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  vramp models
+  vramp models --json
+"""
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what the server answers, for programs.")
+@_admin_options
+def models(as_json: bool, admin: str | None, config: str | None) -> None:
+    """List the models with their profiles."""
+    from proxy.cli_admin import connect, show_models
+
+    show_models(connect(admin, config), as_json)
+
+
+@main.command(
+    epilog="""\b
+Example:
+  vramp load demo-chat
+"""
+)
+@click.argument("model")
+@_admin_options
+def load(model: str, admin: str | None, config: str | None) -> None:
+    """Load MODEL now and show how far it is. Idle models are evicted if it needs their memory."""
+    from proxy.cli_admin import change, connect
+
+    change(connect(admin, config), model, "load")
+
+
+@main.command(
+    epilog="""\b
+Example:
+  vramp unload demo-chat
+"""
+)
+@click.argument("model")
+@_admin_options
+def unload(model: str, admin: str | None, config: str | None) -> None:
+    """Unload MODEL once its requests have ended. The next request for it loads it again."""
+    from proxy.cli_admin import change, connect
+
+    change(connect(admin, config), model, "unload")

@@ -1,0 +1,113 @@
+"""`vramp serve` and `vramp check`: everything that can be said before the first process starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import click
+
+from proxy.config import Config, ConfigError, ModelConfig
+from proxy.config_load import Loaded, Start, load_start
+from proxy.config_secrets import secrets_of
+from proxy.preflight import preflight
+
+# more than any of our limits lets us open; above it, programs that close every possible descriptor get slow
+DESCRIPTORS: Final = 65_536
+
+
+def serve(start: Start) -> NoReturn:
+    """Checks everything, then becomes the keeper. Exits with 1 and a line for each reason if it must not start."""
+    loaded = _load(start)
+    raise_descriptor_limit()
+    findings = preflight(loaded.config)
+    for finding in findings:
+        _say(finding.says, fatal=finding.fatal)
+    if any(finding.fatal for finding in findings):
+        sys.exit(1)
+    click.echo(f"vramp: serving {loaded.source}, {_counted(loaded.config)}", err=True)
+    argv = keeper_argv(start, loaded.config)
+    os.execv(argv[0], argv)  # noqa: S606 - the keeper takes this process's place, and so its pid and its signals
+
+
+def check(path: str) -> None:
+    """Prints what is wrong with a configuration file; exits with 1 if it cannot be used."""
+    loaded = _load(Start(config=path))
+    for finding in preflight(loaded.config):
+        _say(finding.says, fatal=False)
+    click.echo(f"{path}: good, {_counted(loaded.config)}")
+
+
+def keeper_argv(start: Start, config: Config) -> list[str]:
+    """The keeper's command line; after "--" the proxy's, which reads the same configuration again."""
+    keeper = [sys.executable, "-m", "scheduler.engines.keeper"]
+    keeper += ["--listen", config.server.listen, "--admin-listen", config.server.admin_listen]
+    keeper += ["--state-dir", config.store.dir]
+    proxy = [sys.executable, "-m", "proxy.app", "--engine", start.engine]
+    for option, value in (("config", start.config), ("listen", start.listen), ("admin-listen", start.admin_listen)):
+        proxy += [f"--{option}", value] if value is not None else []
+    for model in start.models:
+        proxy += ["--model", model]
+    return [*keeper, "--", *proxy]
+
+
+def banner(config: Config, urls: Sequence[str]) -> str:
+    """What a server that is ready says: `urls` are the clients' and the operators', in this order."""
+    url, admin_url = urls
+    tries = [_curl(config, url, model) for model in _samples(config.models)]
+    lines = [f"vramp is ready: {url}/v1", "", *([] if not tries else ["Try it:", *tries, ""])]
+    lines += [f"Status: vramp status --watch    Metrics: {admin_url}/metrics", "Stop:   Ctrl-C"]
+    return "\n".join(lines)
+
+
+def raise_descriptor_limit() -> None:
+    """As many open files as this user may have; every connection takes one, and the default is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _load(start: Start) -> Loaded:
+    try:
+        loaded = load_start(start)
+        secrets = secrets_of(loaded.config, loaded.base_dir, loaded.source)
+    except ConfigError as error:
+        for problem in error.problems:
+            _say(problem, fatal=True)
+        sys.exit(1)
+    for warning in secrets.warnings:
+        _say(warning, fatal=False)
+    return loaded
+
+
+def _say(line: str, *, fatal: bool) -> None:
+    click.echo(f"{click.style('error', 'red') if fatal else click.style('warning', 'yellow')}: {line}", err=True)
+
+
+def _counted(config: Config) -> str:
+    names = list(dict.fromkeys(model.id for model in config.models))
+    return f"{len(names)} model{'' if len(names) == 1 else 's'}" + (f": {', '.join(names)}" if names else "")
+
+
+def _samples(models: Sequence[ModelConfig]) -> list[ModelConfig]:
+    """Two models to try: two that chat, which shows a swap, else one of each task."""
+    chats = [model for model in models if model.task == "generate"]
+    embeds = [model for model in models if model.task == "embed"]
+    return (chats[:2] + embeds)[:2]
+
+
+def _curl(config: Config, url: str, model: ModelConfig) -> str:
+    prompt = model.sample_prompt or "Hello!"
+    if model.task == "embed":
+        path, body = "embeddings", {"model": model.id, "input": prompt}
+    else:
+        path, body = "chat/completions", {"model": model.id, "messages": [{"role": "user", "content": prompt}]}
+    key = ' -H "Authorization: Bearer $VRAMP_KEY"' if config.server.api_keys else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {data}"

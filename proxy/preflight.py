@@ -1,0 +1,283 @@
+"""What would fail later, said now: ports, disk, memory, compiler, vLLM, model folders, open files.
+
+Each check looks at one thing, takes milliseconds and starts nothing. A finding has its remedy in the same line; a fatal
+one means that serving could not work at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import psutil
+
+from proxy.config import BackendConfig, Config, ModelConfig
+from proxy.config_shape import parse_listen
+from proxy.sizes import byte_size, format_size
+
+COMPILERS: Final = ("c++", "g++", "clang++")
+DISK_NEEDED: Final = 64 << 20
+DISK_WANTED: Final = 1 << 30
+DESCRIPTORS_WANTED: Final = 4096
+TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.txt")
+WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+LFS_POINTER: Final = b"version https://git-lfs"
+CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+class Finding(NamedTuple):
+    """One thing wrong with this machine for this configuration."""
+
+    says: str
+    fatal: bool = True
+
+
+class HostMemory(NamedTuple):
+    """Bytes of this machine, or of the cgroup we are in: all there is, and what is free now."""
+
+    total: int
+    available: int
+
+
+def preflight(config: Config) -> list[Finding]:
+    """Everything found, fatal ones first."""
+    findings = [
+        *check_port("server.listen", config.server.listen),
+        *check_port("server.admin_listen", config.server.admin_listen),
+        *check_disk(Path(config.store.dir)),
+        *check_memory(config, host_memory(), gpu_memory() if config.devices.nvidia else ()),
+        *check_vllm(config),
+        *check_models(config),
+        *check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    ]
+    return sorted(findings, key=lambda finding: not finding.fatal)
+
+
+def check_port(key: str, address: str) -> Iterator[Finding]:
+    """Whether the address can be listened on; who holds it, where /proc tells."""
+    host, port = parse_listen(address)
+    try:
+        family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        yield Finding(f'{key} is "{address}": {host} is no address or known name; use one of this machine\'s addresses')
+        return
+    try:
+        with socket.socket(family, kind, proto) as probe:
+            # as the real listener does: a port in TIME_WAIT is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)
+    except OSError as error:
+        yield Finding(_port_words(key, address, port, error))
+
+
+def _port_words(key: str, address: str, port: int, error: OSError) -> str:
+    option = "--listen" if key == "server.listen" else "--admin-listen"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} ({key}) is taken by {_holder(port)}; stop that, or choose another with {option}"
+    if error.errno == errno.EACCES:
+        return f"port {port} ({key}) is for root only; use one above 1023 with {option}, or grant CAP_NET_BIND_SERVICE"
+    return f'{key} is "{address}", which cannot be listened on ({error.strerror}); use an address of this machine'
+
+
+def _holder(port: int) -> str:
+    """The process that listens on a port; other users' processes are hidden from us."""
+    try:
+        connections = psutil.net_connections("tcp")
+        pids = [c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid]
+        return f"{psutil.Process(pids[0]).name()} (pid {pids[0]})" if pids else "another process"
+    except psutil.Error:
+        return "another process"
+
+
+def check_disk(state_dir: Path) -> Iterator[Finding]:
+    """Whether the state folder can be made and written, and has room for engine logs."""
+    there = next(parent for parent in (state_dir, *state_dir.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is a file"
+        yield Finding(f'store.dir is "{state_dir}", and {there} {why}; name a folder of your own')
+        return
+    free = shutil.disk_usage(there).free
+    if free < DISK_WANTED:
+        says = f'store.dir is "{state_dir}", with {format_size(free)} free on its disk'
+        yield Finding(f"{says}; make room, engine logs are written there", fatal=free < DISK_NEEDED)
+
+
+def check_memory(config: Config, host: HostMemory, gpus: Iterable[int]) -> Iterator[Finding]:
+    """Whether budget and largest model fit into what this machine has. `gpus` are the GPUs' sizes in bytes."""
+    reserve = byte_size(config.devices.gpu_reserve)
+    gpu = max((size - reserve for size in gpus), default=0)
+    backends = {backend.name: backend for backend in config.backends if backend.kind in ("vllm", "command")}
+    on_host = [model for model in config.models if _runs_on_host(backends.get(model.backend), gpu)]
+    on_gpu = [model for model in config.models if model.backend in backends and model not in on_host]
+    budget = host.total
+    if on_host and config.devices.host_memory is not None:
+        budget = byte_size(config.devices.host_memory)
+        yield from _budget(budget, config.devices.host_memory, host)
+    yield from _too_large(on_host, min(budget, host.total), "host memory")
+    for backend in backends.values():
+        if backend.device == "nvidia" and not gpu:
+            yield Finding(f'backends[{backend.name}].device is "nvidia", and no NVIDIA GPU is found; use host')
+    if gpu:
+        yield from _too_large(on_gpu, gpu, "the largest GPU")
+
+
+def _runs_on_host(backend: BackendConfig | None, gpu: int) -> bool:
+    return backend is not None and (backend.device == "host" or (backend.device is None and not gpu))
+
+
+def _budget(budget: int, stated: str, host: HostMemory) -> Iterator[Finding]:
+    if budget > host.total:
+        yield Finding(
+            f'devices.host_memory is "{stated}", and this machine has {format_size(host.total)}; lower it, or leave it out'
+        )
+    elif budget > host.available:
+        yield Finding(
+            f'devices.host_memory is "{stated}", and {format_size(host.available)} are free now; '
+            "models are loaded only as far as memory allows",
+            fatal=False,
+        )
+
+
+def _too_large(models: Iterable[ModelConfig], capacity: int, place: str) -> Iterator[Finding]:
+    for model in models:
+        memory = memory_needed(model)
+        if memory > capacity:
+            yield Finding(
+                f"models[{model.id}] needs {format_size(memory)}, and {place} has {format_size(capacity)} for it; "
+                "use a smaller model, or more memory"
+            )
+
+
+def memory_needed(model: ModelConfig) -> int:
+    """Bytes that the model takes at least: as stated, else its weights on disk."""
+    if model.memory_bytes is not None:
+        return byte_size(model.memory_bytes)
+    if model.path is None:
+        return 0
+    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
+
+
+def host_memory() -> HostMemory:
+    """What this machine has, or the cgroup (v2) that holds us, if that is less."""
+    memory = psutil.virtual_memory()
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2 here, or its limit is "max"
+        return HostMemory(memory.total, memory.available)
+    return HostMemory(min(memory.total, limit), min(memory.available, max(0, limit - used)))
+
+
+def gpu_memory() -> tuple[int, ...]:
+    """Sizes of the NVIDIA GPUs in bytes; empty where there is no driver."""
+    import pynvml  # noqa: PLC0415 - only a machine with GPUs has a use for it
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def check_vllm(config: Config) -> Iterator[Finding]:
+    """Whether each vLLM backend in use has a vLLM, and the compiler that vLLM calls for its first logprobs."""
+    used = {model.backend for model in config.models}
+    backends = [backend for backend in config.backends if backend.kind == "vllm" and backend.name in used]
+    for backend in backends:
+        yield from _vllm_of(backend)
+    if backends and not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", *COMPILERS)):
+        yield Finding(
+            "no C++ compiler found, and vLLM compiles a kernel at the first request with logprobs; "
+            "install g++ (Debian: apt install g++, Fedora: dnf install gcc-c++)"
+        )
+
+
+def _vllm_of(backend: BackendConfig) -> Iterator[Finding]:
+    python = backend.python or sys.executable
+    found = shutil.which(python)
+    if found is None:
+        yield Finding(
+            f'backends[{backend.name}].python is "{python}", which cannot be run; name a Python that has vLLM'
+        )
+        return
+    folders = [Path(entry) for entry in sys.path] if backend.python is None else _site_packages(Path(found))
+    # importing it to see takes seconds; its folder, or what an editable install leaves, tells as well
+    if folders and not any((folder / "vllm").is_dir() or any(folder.glob("vllm*.dist-info")) for folder in folders):
+        yield Finding(
+            f"backends[{backend.name}]: {python} has no vLLM; install it there, name another in backends.python, "
+            "or try without: --engine simulated"
+        )
+
+
+def _site_packages(python: Path) -> list[Path]:
+    """Where that Python keeps its packages; empty for a layout that we do not know, which then says nothing."""
+    # not resolve(): the python of a virtual environment is a link out of it
+    return [*python.absolute().parent.parent.glob("lib*/python3*/*-packages")]
+
+
+def check_models(config: Config) -> Iterator[Finding]:
+    """Whether each folder that a vLLM backend loads is complete."""
+    vllm = {backend.name for backend in config.backends if backend.kind == "vllm"}
+    for model in config.models:
+        if model.backend in vllm and model.path is not None:
+            yield from check_folder(model.id, Path(model.path))
+
+
+def check_folder(name: str, folder: Path) -> Iterator[Finding]:
+    """What a model's folder lacks: a readable config.json, a tokenizer, weights, each of the index's files."""
+    at = f"models[{name}].path"
+    try:
+        json.loads((folder / "config.json").read_bytes())
+    except OSError:
+        yield Finding(f"{at}: {folder} has no config.json; copy the whole model there")
+    except ValueError:
+        yield Finding(f"{at}: {folder / 'config.json'} is not JSON; copy the model again")
+    if not any((folder / tokenizer).is_file() for tokenizer in TOKENIZERS):
+        yield Finding(f"{at}: {folder} has no tokenizer; copy the whole model there")
+    files = [file for pattern in WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not files:
+        yield Finding(f"{at}: {folder} has no weights; copy its *.safetensors there")
+    for file in files:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            yield Finding(f"{at}: {file} is only a pointer of git-lfs; run `git lfs pull` in {folder}")
+    yield from _missing_shards(at, folder)
+
+
+def _missing_shards(at: str, folder: Path) -> Iterator[Finding]:
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield Finding(f"{at}: {index} cannot be read; copy the model again")
+        return
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        yield Finding(f"{at}: {folder} lacks {names}; finish the download")
+
+
+def check_descriptors(soft_limit: int) -> Iterator[Finding]:
+    """Every connection takes an open file, a proxied one two."""
+    if soft_limit != resource.RLIM_INFINITY and soft_limit < DESCRIPTORS_WANTED:
+        yield Finding(
+            f"this user may open {soft_limit} files, which is about {soft_limit // 2} requests at once; "
+            "raise it with ulimit -n 65536, or LimitNOFILE=65536 in the systemd unit",
+            fatal=soft_limit < 128,
+        )
