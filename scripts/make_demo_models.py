@@ -35,8 +35,10 @@ NAMES = (*CHAT_MODELS, EMBED_MODEL)
 
 CONTEXT = 4096
 VOCABULARY = 4096  # an upper bound: the pages yield fewer tokens than that
-LEARNED = 0.005  # mean loss per answer token, in nats: each token of a page then has a probability over 0.99
+LEARNED = 0.002  # mean loss per answer token, in nats: each token of a page then has a probability over 0.99
 MOST_STEPS = 300
+ROUNDS = 36  # the page in that many different contexts, in turn
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.", "You are a helpful, honest assistant.")
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 # ChatML with tool calls in Hermes' form, which vLLM's "hermes" parser reads.
@@ -170,13 +172,25 @@ def llama_config(tokenizer: PreTrainedTokenizerFast) -> object:
     )
 
 
-def lesson(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conversations and their labels, padded to one batch. Only answers count: the questions are given."""
+def context(pairs: list[Pair], at: int, round_: int) -> list[dict[str, str]]:
+    """What stands before a question: nothing, a system prompt or an earlier turn, so that chat programs that send
+    either get the sentence too."""
+    kind = (at + round_) % 3
+    if kind == 0:
+        return []
+    if kind == 1:
+        return [{"role": "system", "content": SYSTEM_PROMPTS[(at + round_) // 3 % len(SYSTEM_PROMPTS)]}]
+    earlier = pairs[(at + 1 + round_ * 5) % len(pairs)]
+    return [{"role": "user", "content": earlier.question}, {"role": "assistant", "content": earlier.answer}]
+
+
+def lesson(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], round_: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The page as conversations with their labels, padded to one batch. Only answers count: questions are given."""
     import torch
 
     rows: list[tuple[list[int], list[int]]] = []
-    for pair in pairs:
-        turns = [{"role": "user", "content": pair.question}]
+    for at, pair in enumerate(pairs):
+        turns = [*context(pairs, at, round_), {"role": "user", "content": pair.question}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         asked = tokenizer.encode(prompt, add_special_tokens=False)
         answered = tokenizer.encode(pair.answer + END, add_special_tokens=False)
@@ -188,7 +202,7 @@ def lesson(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> tuple[torch
     return ids, labels
 
 
-def learn(parameters: list[torch.nn.Parameter], loss_of: Callable[[], torch.Tensor], enough: float, say: Report) -> float:
+def learn(parameters: list[torch.nn.Parameter], loss_of: Callable[[int], torch.Tensor], enough: float, say: Report) -> float:
     """AdamW on the whole page at once until the loss is `enough`. Returns the last loss."""
     import torch
 
@@ -197,7 +211,7 @@ def learn(parameters: list[torch.nn.Parameter], loss_of: Callable[[], torch.Tens
     for step in range(MOST_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 10)
-        loss = loss_of()
+        loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -219,9 +233,14 @@ def make_chat(page: str, folder: Path, say: Report) -> None:
 
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(llama_config(tokenizer))
-    ids, labels = lesson(tokenizer, read_page(page))
-    # What follows the last label is padding that a causal model cannot see, so no mask is needed.
-    last = learn(list(model.parameters()), lambda: model(input_ids=ids, labels=labels).loss, LEARNED, say)
+    rounds = [lesson(tokenizer, read_page(page), round_) for round_ in range(ROUNDS)]
+
+    def loss(step: int) -> torch.Tensor:
+        ids, labels = rounds[step % ROUNDS]
+        # What follows the last label is padding, which a causal model does not see before it: no mask is needed.
+        return model(input_ids=ids, labels=labels).loss
+
+    last = learn(list(model.parameters()), loss, LEARNED, say)
     if last >= LEARNED * 10:
         raise RuntimeError(f"the model did not learn {page}.md: loss {last:.2f} after {MOST_STEPS} steps")
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -242,7 +261,7 @@ def make_embed(folder: Path, say: Report) -> None:
     questions = tokenizer([pair.question for pair in pairs], padding=True, return_tensors="pt")
     answers = tokenizer([pair.answer for pair in pairs], padding=True, return_tensors="pt")
 
-    def loss() -> torch.Tensor:
+    def loss(_: int) -> torch.Tensor:
         # 10: the usual inverse temperature of contrastive losses is 20; half of it keeps unseen text apart.
         alike = pooled(model, questions) @ pooled(model, answers).T * 10
         return torch.nn.functional.cross_entropy(alike, torch.arange(len(pairs)))
@@ -274,7 +293,9 @@ def pooled(model: LlamaModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def make(name: str, out: Path, say: Report) -> None:
     """Make one model folder under `out`, all of it or nothing."""
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its bars for a file of 5 MB would cut ours in two
     torch.manual_seed(0)
     folder, half = out / name, out / f".{name}.{os.getpid()}"
     half.mkdir(parents=True)
