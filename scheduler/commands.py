@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from scheduler.model import RefusalCode, StopCause
+
 
 class Admit(msgspec.Struct, frozen=True):
     """Give the waiting ticket its lease on this engine."""
@@ -13,10 +15,10 @@ class Admit(msgspec.Struct, frozen=True):
 
 
 class Refuse(msgspec.Struct, frozen=True):
-    """Turn the ticket away. `code` is one of `RefusalCode`, `reason` a sentence for people."""
+    """Turn the ticket away. `reason` is a sentence for people."""
 
     ticket_id: int
-    code: str
+    code: RefusalCode
     reason: str
     retry_after_s: float | None = None
 
@@ -34,6 +36,7 @@ class Stop(msgspec.Struct, frozen=True):
     """End the engine's processes: nobody uses it any more. `reason` goes into the decision log."""
 
     engine_id: str
+    cause: StopCause
     reason: str
 
 

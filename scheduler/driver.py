@@ -1,8 +1,8 @@
 """The core's asyncio shell: it feeds events in, carries commands out, and hands leases to whoever asked.
 
-Everything that touches the core runs on the event loop's thread and without an `await` in between, so there are no locks
-and no races: a grant that reaches a task cancelled in the same turn of the loop is given back by the `with` block that
-the task leaves.
+Everything that touches the core runs on the event loop's thread and without an `await` in between, so there are no
+locks and no races: a grant that reaches a task cancelled in the same turn of the loop is given back by the `with` block
+that the task leaves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -70,7 +70,9 @@ class EngineHandle(Protocol):
     """What the supervisor returns of a running engine."""
 
     @property
-    def base_url(self) -> str: ...
+    def base_url(self) -> str:
+        """Where it answers, without a trailing slash."""
+        ...
 
 
 class Engines(Protocol):
@@ -90,13 +92,21 @@ class Engines(Protocol):
         stop_timeout_s: float,
         on_progress: Callable[[Progress], None],
         revision: str = "",
-    ) -> EngineHandle: ...
+    ) -> EngineHandle:
+        """Start an engine and wait until it answers a real request. Raises EngineExit; cancelling kills it."""
+        ...
 
-    async def stop(self, engine_id: str, timeout_s: float) -> None: ...
+    async def stop(self, engine_id: str, timeout_s: float) -> None:
+        """End it; returns when no process of it is left. Idempotent."""
+        ...
 
-    def pids(self, engine_id: str) -> list[int]: ...
+    def pids(self, engine_id: str) -> list[int]:
+        """Every process of the engine."""
+        ...
 
-    def launcher_pids(self) -> list[int]: ...
+    def launcher_pids(self) -> list[int]:
+        """Our own helper processes, whose memory is nobody's engine."""
+        ...
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -122,7 +132,9 @@ class Waiting:
     def __enter__(self) -> Waiting:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     async def granted(self) -> Lease:
@@ -227,9 +239,9 @@ class Scheduler:
         self.dispatch(event)
 
     async def load(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
-        """Make a model resident; yields (state, progress 0..1, note) at every change until it is ready or has failed."""
+        """Make a model resident; yields (state, progress 0..1, note) at every change until ready or failed."""
         model = self.core.models.get(name)
-        reason = self.core.never_fits(model.spec) if model is not None and model.engine is None else None
+        reason = self.core.placement.never_fits(model.spec) if model is not None and model.engine is None else None
         if reason is not None:
             yield Residency.FAILED, 0.0, reason
             return
@@ -282,7 +294,7 @@ class Scheduler:
                     self._note(f"load {command.model} on {command.device}", command.reason)
                     self._start(command)
                 case Stop():
-                    self._note(f"stop {command.engine_id}", command.reason)
+                    self._note(f"stop {command.engine_id} ({command.cause})", command.reason)
                     self._background(self._stop(command.engine_id))
                 case WakeAt(at_s):
                     self._wake_at(at_s)
@@ -299,7 +311,7 @@ class Scheduler:
         waiting = self._waiting.pop(command.ticket_id, None)
         if waiting is not None:
             self._note(f"refuse a request for {waiting.ticket.model}: {command.code}", command.reason)
-            waiting.settle(Refused(RefusalCode(command.code), command.reason, command.retry_after_s))
+            waiting.settle(Refused(command.code, command.reason, command.retry_after_s))
 
     def _note(self, what: str, why: str) -> None:
         self.decisions.append(Decision(round(self._loop.time() - self._started_s, 3), what, why))
@@ -381,8 +393,8 @@ class Scheduler:
         self._urls.pop(engine_id, None)
         self._ready_at.pop(engine_id, None)
 
-    def _background(self, work: object) -> None:
-        task = self._loop.create_task(work)  # type: ignore[arg-type]
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -76,7 +76,7 @@ class LoadProgress(msgspec.Struct, frozen=True):
 
 
 class MemoryMeasured(msgspec.Struct, frozen=True):
-    """A device was read. `foreign_bytes` is what neither we nor our engines hold; `overhead_bytes` is ours but no engine's."""
+    """A device was read. `foreign_bytes` is held by strangers, `overhead_bytes` by us but by none of our engines."""
 
     device: str
     total_bytes: int
@@ -98,6 +98,16 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    Arrived | Cancelled | Finished | LoadAsked | UnloadAsked | EngineReady | EngineFailed | EngineStopped
-    | LoadProgress | MemoryMeasured | ConfigChanged | Tick
+    Arrived
+    | Cancelled
+    | Finished
+    | LoadAsked
+    | UnloadAsked
+    | EngineReady
+    | EngineFailed
+    | EngineStopped
+    | LoadProgress
+    | MemoryMeasured
+    | ConfigChanged
+    | Tick
 )

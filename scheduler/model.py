@@ -40,6 +40,16 @@ class RefusalCode(StrEnum):
     STOPPING = "stopping"
 
 
+class StopCause(StrEnum):
+    """Why an engine is given up."""
+
+    EVICTED = "evicted"
+    PRESSURE = "pressure"
+    IDLE = "idle"
+    OPERATOR = "operator"
+    CONFIGURATION = "configuration"
+
+
 class Ticket(msgspec.Struct, frozen=True):
     """A request as the scheduler sees it."""
 

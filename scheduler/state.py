@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
-from scheduler.model import ModelSpec, Residency
+from scheduler.model import ModelSpec, Residency, StopCause
 from scheduler.residency import move
 
 
@@ -30,7 +30,7 @@ class ModelState:
 
     __slots__ = (
         "engine", "failures", "last_error", "last_used_s", "load_started_s", "loads", "note", "progress", "queue",
-        "removed", "retry_at_s", "seconds_to_load", "spec", "state", "ttl_armed", "unload", "wanted_order",
+        "removed", "retry_at_s", "seconds_to_load", "spec", "state", "stop_cause", "ttl_armed", "wanted_order",
     )  # fmt: skip
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -48,7 +48,7 @@ class ModelState:
         self.retry_at_s = 0.0
         self.last_error = ""
         self.wanted_order: int | None = None  # set while an operator's load is outstanding
-        self.unload = False
+        self.stop_cause = StopCause.EVICTED  # meaningful while draining
         self.removed = False
         self.ttl_armed = False
 

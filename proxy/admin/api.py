@@ -1,8 +1,8 @@
 """The management API, on its own listener: status, models, load and unload, metrics.
 
-It can stop engines, so it is held apart from the public port: loopback by default, keys when it is not. A web page in the
-operator's browser must not be able to reach it either, so requests of another origin are refused, and so are host names
-that are not ours while it is bound to loopback (DNS rebinding).
+It can stop engines, so it is held apart from the public port: loopback by default, keys when it is not. A web page in
+the operator's browser must not be able to reach it either, so requests of another origin are refused, and so are host
+names that are not ours while it is bound to loopback (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Admin:
             return None
         keys = self._keys()
         if keys and not _knows(keys, request.headers.get("Authorization", "")):
-            return _error(401, "this needs an admin key: Authorization: Bearer KEY (VRAMP_ADMIN_KEY for the command line)")
+            return _error(
+                401, "this needs an admin key: Authorization: Bearer KEY (VRAMP_ADMIN_KEY for the command line)"
+            )
         return None
 
     async def healthz(self, _: web.Request) -> web.Response:
@@ -153,7 +155,7 @@ def _knows(keys: tuple[str, ...], header: str) -> bool:
 
 def _bound_to_loopback(request: web.Request) -> bool:
     sockname = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    return bool(sockname) and ipaddress.ip_address(sockname[0]).is_loopback
+    return sockname is not None and ipaddress.ip_address(sockname[0]).is_loopback
 
 
 def _loopback_name(host: str) -> bool:

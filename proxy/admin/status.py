@@ -11,7 +11,9 @@ from scheduler.model import LatencyClass, Residency
 from scheduler.state import ModelState
 
 
-def status(scheduler: Scheduler, config: Config, *, uptime_s: float, now: float, about: dict[str, str]) -> dict[str, Any]:
+def status(
+    scheduler: Scheduler, config: Config, *, uptime_s: float, now: float, about: dict[str, str]
+) -> dict[str, Any]:
     """The whole picture: devices, models, queues, last decisions. Sizes are bytes, times are seconds."""
     core = scheduler.core
     local = {model.id: model for model in config.models if model.id in core.models}
@@ -22,7 +24,8 @@ def status(scheduler: Scheduler, config: Config, *, uptime_s: float, now: float,
         "models": [_model(state, local.get(name), core.devices, now) for name, state in core.models.items()]
         + [_remote(model) for model in config.models if model.id not in core.models],
         "waiting": [
-            {"class": c.name.lower(), "count": count} for c, count in zip(LatencyClass, core.waiting_by_class(), strict=True)
+            {"class": c.name.lower(), "count": count}
+            for c, count in zip(LatencyClass, core.waiting_by_class(), strict=True)
         ],
         "decisions": [{"t_s": d.at_s, "what": d.what, "why": d.why} for d in scheduler.decisions],
     }
@@ -44,10 +47,14 @@ def _device(ledger: DeviceLedger) -> dict[str, Any]:
     }
 
 
-def _model(state: ModelState, model: ModelConfig | None, devices: dict[str, DeviceLedger], now: float) -> dict[str, Any]:
+def _model(
+    state: ModelState, model: ModelConfig | None, devices: dict[str, DeviceLedger], now: float
+) -> dict[str, Any]:
     engine = state.engine
     holding = devices[engine.device].holding(engine.id) if engine is not None else None
-    waits = state.state in (Residency.LOADING, Residency.COLD) and (len(state.queue) > 0 or state.state is Residency.LOADING)
+    waits = state.state in (Residency.LOADING, Residency.COLD) and (
+        len(state.queue) > 0 or state.state is Residency.LOADING
+    )
     return {
         "id": state.spec.name,
         "backend": model.backend if model is not None else "",
@@ -69,4 +76,11 @@ def _model(state: ModelState, model: ModelConfig | None, devices: dict[str, Devi
 
 
 def _remote(model: ModelConfig) -> dict[str, Any]:
-    return {"id": model.id, "backend": model.backend, "task": model.task, "state": "remote", "in_flight": 0, "waiting": 0}
+    return {
+        "id": model.id,
+        "backend": model.backend,
+        "task": model.task,
+        "state": "remote",
+        "in_flight": 0,
+        "waiting": 0,
+    }

@@ -50,7 +50,12 @@ class World:
         return self
 
     def arrive(
-        self, model: str, latency_class: LatencyClass = LatencyClass.STANDARD, *, tokens: int = 1, deadline_s: float | None = None
+        self,
+        model: str,
+        latency_class: LatencyClass = LatencyClass.STANDARD,
+        *,
+        tokens: int = 1,
+        deadline_s: float | None = None,
     ) -> tuple[int, list[Command]]:
         self._tickets += 1
         ticket = Ticket(self._tickets, model, latency_class, weight_tokens=tokens, deadline_s=deadline_s)

@@ -1,4 +1,4 @@
-"""A long random life: arrivals, cancels, deaths, foreign memory, late and doubled news. Nothing is lost, nothing hangs."""
+"""A long random life: arrivals, cancels, deaths, foreign memory, late and doubled news. Nothing lost, nothing hangs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Chaos:
             )
             for i in range(8)
         ]
-        devices = [DeviceSpec("ram", "host", 1500 * MiB), *(DeviceSpec(f"gpu{i}", "nvidia", 1000 * MiB) for i in range(2))]
+        devices = [
+            DeviceSpec("ram", "host", 1500 * MiB),
+            *(DeviceSpec(f"gpu{i}", "nvidia", 1000 * MiB) for i in range(2)),
+        ]
         self.core = Core(devices, models, SchedulerSettings(pressure_threshold=0.9, max_wait_s=120.0))
         self.now = 0.0
         self.names = [m.name for m in models]
@@ -85,8 +88,8 @@ class Chaos:
     def play(self) -> None:
         self.now += self.rng.choice((0.0, 0.01, 0.5, 3.0)) if self.rng.random() < 0.999 else 1000.0
         moves: list[tuple[int, Callable[[], None]]] = [
-            (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped), (2, self.fail),
-            (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
+            (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped),
+            (2, self.fail), (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
         ]  # fmt: skip
         (move,) = self.rng.choices([m for _, m in moves], [w for w, _ in moves])
         move()
@@ -151,7 +154,13 @@ class Chaos:
     def noise(self) -> None:
         self.feed(
             self.rng.choice(
-                (Finished(10**9), Cancelled(10**9), EngineStopped("x#1"), EngineFailed("x#1", ""), LoadProgress("x#1", 0.5, ""))
+                (
+                    Finished(10**9),
+                    Cancelled(10**9),
+                    EngineStopped("x#1"),
+                    EngineFailed("x#1", ""),
+                    LoadProgress("x#1", 0.5, ""),
+                )
             )
         )
 

@@ -34,7 +34,9 @@ class FakeEngines:
         self.progress: dict[str, Callable[[Progress], None]] = {}
         self.at_once = True
 
-    async def start(self, engine_id: str, model: str, kind: object, device_env: Mapping[str, str], **how: Any) -> Handle:
+    async def start(
+        self, engine_id: str, model: str, kind: object, device_env: Mapping[str, str], **how: Any
+    ) -> Handle:
         self.started.append(engine_id)
         self.progress[engine_id] = how["on_progress"]
         self.let[engine_id] = asyncio.get_running_loop().create_future()
@@ -118,7 +120,7 @@ async def test_a_client_that_leaves_while_waiting_takes_its_ticket_along(rig: Ri
 
 
 async def test_a_grant_that_reaches_a_task_cancelled_in_the_same_turn_is_given_back(rig: Rig) -> None:
-    scheduler, engines = rig
+    scheduler, _ = rig
     await serve(scheduler, "a")
     holders = [scheduler.lease(Ticket(scheduler.new_ticket_id(), "a")) for _ in range(2)]
     victim = asyncio.create_task(serve(scheduler, "a"))
@@ -243,4 +245,4 @@ async def test_decisions_are_kept_with_their_reasons(rig: Rig) -> None:
     await serve(scheduler, "b")
     said = [(decision.what, decision.why) for decision in scheduler.decisions]
     assert said[0] == ("load a on ram", "1 waiting; needs 700 MiB of 1000 MiB free")
-    assert any(what == "stop a#1" and "evicted for b, which needs 700 MiB" in why for what, why in said)
+    assert any(what == "stop a#1 (evicted)" and "evicted for b, which needs 700 MiB" in why for what, why in said)
