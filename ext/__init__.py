@@ -1,1 +1,4 @@
-"""Arithmetic and bytes: native modules, each with a pure Python twin. Knows no asyncio, config or logging."""
+"""Arithmetic and bytes: what must be fast, in Cython, each module with a pure Python twin that is its specification.
+
+Knows nothing of event loops, logging or configuration. `ext.backend` says which twin runs.
+"""
