@@ -13,9 +13,9 @@ import msgspec
 class SpawnSpec(msgspec.Struct, frozen=True):
     """How to start one engine: `argv` for a plain start, `env` on top of ours.
 
-    `warm` asks for a fork from the warm launcher of the interpreter `argv[0]`; `argv` is then `python -m MODULE ARGS...`,
-    which the launcher runs in the fork as Python would. The launcher itself is started with `launcher_env`: what must
-    be set before the imports, and is the same for all engines of that interpreter.
+    `warm` asks for a fork from the warm launcher of the interpreter `argv[0]`; `argv` is then
+    `python -m MODULE ARGS...`, which the launcher runs in the fork as Python would. The launcher itself is started
+    with `launcher_env`: what must be set before the imports, the same for all engines of that interpreter.
     """
 
     argv: tuple[str, ...]
@@ -46,7 +46,10 @@ class EngineKind(Protocol):
         ...
 
     async def probe(self, session: aiohttp.ClientSession, base_url: str) -> bool:
-        """One real request (one token, one embedding). True: ready. False: not yet. Raises ProbeError: never will be."""
+        """One real request (one token, one embedding). True: ready. False: not yet.
+
+        Raises ProbeError when the answer shows that it never will be.
+        """
         ...
 
 

@@ -1,0 +1,415 @@
+"""The keeper: a small parent process that owns the listening sockets and the engines, so that they outlive the proxy.
+
+In the way of nginx's master it opens the sockets, starts the proxy, and at the proxy's word the warm launchers and the
+engines. A proxy that dies is started again and inherits the sockets; clients meanwhile wait in the listen queue.
+What happens here can take every engine down: so one thread, one selector, the standard library and nothing else.
+
+Both protocols are JSON, one message a packet, over SOCK_SEQPACKET. The proxy's is in `scheduler.engines.keeper_link`.
+A warm launcher (`scheduler.engines.launcher`) says `{"op": "ready"}` or `{"op": "unusable", "reason"}`, is told
+`{"op": "fork", "id", "argv", "env", "cwd", "log"}` and answers `{"op": "forked", "id", "pid"}` or `{"op": "failed",
+"id", "reason"}`. The fork leads its own session and is our child (forked twice; we are the subreaper) when it answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+from scheduler.engines import reaper
+from scheduler.engines.keeper_children import Child, Children, become_subreaper
+from scheduler.engines.keeper_loop import Channel, Loop, Message
+
+BACKLOG = 4096
+FAST_DEATH_S = 5.0
+FAST_DEATHS_LIMIT = 10
+BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 5.0
+FORK_LIMIT_S = 20.0
+ENGINE_STOP_S = 10.0
+REFUSED = 2  # exit status of a proxy that will not start with this configuration; starting it again cannot help
+
+
+class Launcher:
+    """A warm launcher: forks engines once it has imported their libraries. `pending` are forks it was asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.state, self.reason = name, "starting", ""
+        self.child: Child | None = None
+        self.channel: Channel | None = None
+        self.pending: dict[int, Message] = {}
+
+    def describe(self) -> Message:
+        """As the proxy is told."""
+        pid = self.child.pid if self.child else None
+        return {"op": "launcher", "name": self.name, "state": self.state, "reason": self.reason, "pid": pid}
+
+
+class Keeper:
+    """The state of everything kept. `run` returns the exit code: 0 after an ordered stop."""
+
+    def __init__(
+        self, proxy_argv: list[str], listeners: list[tuple[str, socket.socket]], state_dir: str, drain_limit_s: float
+    ) -> None:
+        self._proxy_argv, self._listeners, self._drain_limit_s = proxy_argv, listeners, drain_limit_s
+        # SIGUSR2 belongs here when a new version is to be started beside the old one.
+        self._on_signal: dict[int, Callable[[], None]] = {
+            signal.SIGCHLD: self._child_ended,
+            signal.SIGTERM: self._asked_to_stop,
+            signal.SIGINT: self._asked_to_stop,
+            signal.SIGHUP: lambda: self._signal_child(self._proxy, signal.SIGHUP),
+        }
+        self._loop = Loop()
+        self._children = Children(self._loop, reaper.keeper_tag(state_dir), self._on_signal)
+        self._numbers = itertools.count()
+        self._engines: dict[str, Child | None] = {}  # by tag; None while a launcher forks it
+        self._launchers: dict[str, Launcher] = {}
+        self._proxy: Child | None = None
+        self._channel: Channel | None = None
+        self._unheard: deque[Message] = deque(maxlen=100)  # ends of engines while there was no proxy
+        self._proxy_started_s = 0.0
+        self._fast_deaths = 0
+        self._was_ready = self._stopping = False
+        self._code = 0
+
+    def run(self) -> int:
+        """Serve until stopped and nothing is left."""
+        self._loop.on_signals(self._on_signal)
+        self._start_proxy()
+        while len(self._children) or not self._stopping:
+            self._loop.turn()
+        self._children.sweep()  # what had left its session, or was forked while we stopped
+        return self._code
+
+    # -- the proxy ---------------------------------------------------------------------------------------------------
+
+    def _start_proxy(self) -> None:
+        if self._stopping:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {
+            "VRAMP_LISTEN_FDS": ",".join(f"{name}={sock.fileno()}" for name, sock in self._listeners),
+            "VRAMP_KEEPER_FD": str(theirs.fileno()),
+        }
+        inherited = (theirs.fileno(), *(sock.fileno() for _, sock in self._listeners))
+        self._proxy_started_s = time.monotonic()
+        self._channel = Channel(self._loop, ours, self._hear_proxy, say)
+        try:
+            pid = self._children.start(self._proxy_argv, env, "proxy", inherited=inherited)
+        except OSError as error:
+            say(f"cannot start the proxy: {error}")
+            self._channel.close()
+            self._stop(code=1)
+            return
+        finally:
+            theirs.close()
+        self._proxy = Child("proxy", "proxy", pid, self._proxy_gone)
+        self._children.add(self._proxy)
+        while self._unheard:
+            self._channel.send(self._unheard.popleft())
+
+    def _proxy_gone(self, status: int) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._proxy = self._channel = None
+        lived_s = time.monotonic() - self._proxy_started_s
+        if self._stopping:
+            self._code = self._code or (1 if status else 0)
+            self._stop_engines()
+        elif status == REFUSED and not self._was_ready:
+            self._stop(code=REFUSED)
+        else:
+            self._restart_proxy(status, lived_s)
+
+    def _restart_proxy(self, status: int, lived_s: float) -> None:
+        self._fast_deaths = self._fast_deaths + 1 if lived_s < FAST_DEATH_S else 0
+        say(f"the proxy {_ended(status)} after {lived_s:.1f} s; {len(self._living())} engines live on")
+        if self._fast_deaths >= FAST_DEATHS_LIMIT:
+            say(f"that was {self._fast_deaths} times in a row, each time at once: stopping; its last lines are above")
+            self._stop(code=1)
+            return
+        delay_s = 0.0
+        if self._fast_deaths > 1:
+            delay_s = min(BACKOFF_FIRST_S * 2 ** (self._fast_deaths - 2), BACKOFF_LIMIT_S)
+        self._loop.after(delay_s, self._start_proxy)
+
+    def _hear_proxy(self, message: Message) -> None:
+        handlers: dict[str, Callable[[Message], None]] = {
+            "spawn": self._spawn,
+            "signal": self._signal,
+            "list": self._list,
+            "launcher": self._start_launcher,
+            "ready": self._ready,
+            "stop": lambda _: self._stop(code=0),
+        }
+        try:
+            handlers[message["op"]](message)
+        except (ValueError, TypeError, LookupError) as error:
+            self._refuse(message, f"the keeper cannot read this request: {error!r}")
+
+    def _tell(self, message: Message) -> None:
+        if self._channel is not None and self._channel.is_open:
+            self._channel.send(message)
+        elif message["op"] == "exited":
+            self._unheard.append(message)
+
+    def _refuse(self, message: Message, reason: str) -> None:
+        self._tell({"op": "failed", "id": message.get("id"), "reason": reason})
+
+    def _ready(self, _: Message) -> None:
+        if not self._was_ready:
+            self._was_ready = True
+            sd_notify("READY=1")
+
+    # -- engines -----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, message: Message) -> None:
+        tag = message["tag"]
+        launcher = self._launchers.get(message["launcher"])
+        if self._stopping:
+            self._refuse(message, "everything is being stopped")
+        elif tag in self._engines:
+            self._refuse(message, f"there is an engine {tag} already")
+        elif not message["warm"]:
+            self._spawn_plain(message, None)
+        elif launcher is not None and launcher.state == "ready" and launcher.channel is not None:
+            self._fork(launcher, launcher.channel, message)
+        else:
+            self._spawn_plain(message, f"its launcher is {launcher.state}" if launcher else "it has no launcher")
+
+    def _spawn_plain(self, message: Message, why: str | None) -> None:
+        tag = message["tag"]
+        try:
+            pid = self._children.start(message["argv"], message["env"], tag, cwd=message["cwd"], log=message["log"])
+        except OSError as error:
+            self._engines.pop(tag, None)
+            self._refuse(message, f"cannot start it: {error}")
+        else:
+            self._spawned(message, pid, warm=False, why=why)
+
+    def _spawned(self, message: Message, pid: int, warm: bool, why: str | None) -> None:
+        tag = message["tag"]
+        child = Child("engine", tag, pid, lambda _: self._engine_gone(child), message["meta"])
+        self._engines[tag] = child
+        self._tell({"op": "spawned", "id": message["id"], "pid": pid, "warm": warm, "why": why})
+        self._children.add(child)
+        if self._stopping:
+            self._signal_child(child, signal.SIGKILL)
+
+    def _engine_gone(self, child: Child) -> None:
+        del self._engines[child.tag]
+        self._tell({"op": "exited", "tag": child.tag, "pid": child.pid, "status": child.status, "meta": child.meta})
+
+    def _signal(self, message: Message) -> None:
+        child = self._engines.get(message["tag"])
+        if child is None:
+            self._refuse(message, f"there is no engine {message['tag']}")
+        else:
+            self._signal_child(child, message["sig"])
+            self._tell({"op": "done", "id": message["id"]})
+
+    def _signal_child(self, child: Child | None, number: int) -> None:
+        try:
+            if child is not None:
+                child.signal(number)
+        except OSError as error:
+            say(f"signal {number} did not reach {child.tag if child else 'nobody'}: {error}")
+
+    def _living(self) -> list[Child]:
+        return [child for child in self._engines.values() if child is not None and child.status is None]
+
+    def _list(self, message: Message) -> None:
+        engines = [
+            {"tag": child.tag, "pid": child.pid, "meta": child.meta, "started_s": child.started_s}
+            for child in self._living()
+        ]
+        launchers = [launcher.describe() for launcher in self._launchers.values()]
+        self._tell({"op": "listed", "id": message["id"], "engines": engines, "launchers": launchers})
+
+    # -- warm launchers ----------------------------------------------------------------------------------------------
+
+    def _start_launcher(self, message: Message) -> None:
+        launcher = self._launchers.get(message["name"])
+        if launcher is None or launcher.child is None:
+            launcher = self._launchers[message["name"]] = Launcher(message["name"])
+            self._launch(launcher, message)
+        self._tell({**launcher.describe(), "id": message["id"]})
+
+    def _launch(self, launcher: Launcher, message: Message) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tag = f"launcher:{launcher.name}"
+        env = {**message["env"], "VRAMP_LAUNCHER_FD": str(theirs.fileno())}
+        launcher.channel = Channel(self._loop, ours, lambda heard: self._hear_launcher(launcher, heard), say)
+        try:
+            pid = self._children.start(message["argv"], env, tag, log=message["log"], inherited=(theirs.fileno(),))
+        except OSError as error:
+            launcher.state, launcher.reason = "unusable", f"it cannot be started: {error}"
+            launcher.channel.close()
+            return
+        finally:
+            theirs.close()
+        launcher.child = Child("launcher", tag, pid, lambda status: self._launcher_gone(launcher, status))
+        self._children.add(launcher.child)
+
+    def _hear_launcher(self, launcher: Launcher, message: Message) -> None:
+        if message["op"] in ("ready", "unusable"):
+            launcher.state, launcher.reason = message["op"], str(message.get("reason", ""))
+            self._tell(launcher.describe())
+            return
+        asked = launcher.pending.pop(message["id"])
+        if message["op"] == "forked":
+            self._spawned(asked, int(message["pid"]), warm=True, why=None)
+        else:
+            self._spawn_plain(asked, f"its launcher could not fork: {message.get('reason')}")
+
+    def _fork(self, launcher: Launcher, channel: Channel, message: Message) -> None:
+        number = next(self._numbers)
+        self._engines[message["tag"]] = None
+        launcher.pending[number] = message
+        env = {**message["env"], **self._children.marks(message["tag"])}
+        order = {"argv": message["argv"], "env": env, "cwd": message["cwd"], "log": message["log"]}
+        channel.send({"op": "fork", "id": number, **order})
+        self._loop.after(FORK_LIMIT_S, lambda: self._fork_overdue(launcher, number))
+
+    def _fork_overdue(self, launcher: Launcher, number: int) -> None:
+        if number in launcher.pending:
+            say(f"the launcher {launcher.name} did not fork within {FORK_LIMIT_S:.0f} s: ending it")
+            self._signal_child(launcher.child, signal.SIGKILL)
+
+    def _launcher_gone(self, launcher: Launcher, status: int) -> None:
+        if launcher.channel is not None:
+            launcher.channel.drain()
+            launcher.channel.close()
+        if launcher.state != "unusable":
+            launcher.state, launcher.reason = "unusable", f"it {_ended(status)}"
+        launcher.child = launcher.channel = None
+        self._tell(launcher.describe())
+        if launcher.pending:
+            # It may have forked and not lived to say so: two engines would want one port.
+            self._children.kill_strays(f"launcher:{launcher.name}")
+        pending, launcher.pending = launcher.pending, {}
+        for asked in pending.values():
+            self._spawn_plain(asked, f"its launcher {_ended(status)}")
+
+    # -- signals and the end -----------------------------------------------------------------------------------------
+
+    def _child_ended(self) -> None:
+        self._children.wait(forks_pending=any(launcher.pending for launcher in self._launchers.values()))
+
+    def _asked_to_stop(self) -> None:
+        if self._stopping:
+            say("asked to stop twice: killing everything")
+            self._code = 1
+            self._kill_all()
+        else:
+            self._stop(code=0)
+
+    def _stop(self, code: int) -> None:
+        if self._stopping:
+            return
+        self._stopping, self._code = True, code
+        sd_notify("STOPPING=1")
+        if self._proxy is None:
+            self._stop_engines()
+            return
+        self._signal_child(self._proxy, signal.SIGTERM)
+        self._loop.after(self._drain_limit_s, self._proxy_overdue)
+
+    def _proxy_overdue(self) -> None:
+        if self._proxy is not None:
+            say(f"the proxy did not drain within {self._drain_limit_s:.0f} s: ending it")
+            self._signal_child(self._proxy, signal.SIGKILL)
+
+    def _stop_engines(self) -> None:
+        for child in self._children:
+            self._signal_child(child, signal.SIGTERM if child.kind == "engine" else signal.SIGKILL)
+        self._loop.after(ENGINE_STOP_S, self._kill_all)
+
+    def _kill_all(self) -> None:
+        for child in self._children:
+            self._signal_child(child, signal.SIGKILL)
+
+
+def say(text: str) -> None:
+    """One line on stderr; a keeper whose terminal has gone goes on."""
+    with contextlib.suppress(OSError):
+        print(f"vramp keeper: {text}", file=sys.stderr, flush=True)
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd, if it asked to be told (Type=notify)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            say(f"systemd did not take {state}: {error}")
+
+
+def bind(name: str, address: str) -> list[tuple[str, socket.socket]]:
+    """Listening sockets for HOST:PORT, one for each address that HOST stands for. Raises OSError or ValueError."""
+    host, _, port = address.rpartition(":")
+    sockets: list[tuple[str, socket.socket]] = []
+    found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, where in found:
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+        sockets.append((name, sock))
+    return sockets
+
+
+def bind_all(wanted: dict[str, list[str]]) -> list[tuple[str, socket.socket]]:
+    """All listening sockets, or SystemExit(2) with a line that names the address."""
+    listeners = []
+    for name, addresses in wanted.items():
+        for address in addresses:
+            try:
+                listeners += bind(name, address)
+            except (OSError, ValueError) as error:
+                say(f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}")
+                sys.exit(2)
+    return listeners
+
+
+def _ended(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def main() -> int:
+    """`python -m scheduler.engines.keeper --listen HOST:PORT ... -- PROXY_ARGV...`; exit 2: it could not begin."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a traceback helps nobody who presses Ctrl-C this early
+    parser = argparse.ArgumentParser(prog="keeper", description="Owns listening sockets and engines for the proxy.")
+    parser.add_argument("--listen", action="append", default=[], metavar="HOST:PORT")
+    parser.add_argument("--admin-listen", action="append", default=[], metavar="HOST:PORT")
+    parser.add_argument("--state-dir", required=True, metavar="DIR")
+    parser.add_argument("--drain-limit", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("proxy_argv", nargs="+")
+    options = parser.parse_args()
+    try:
+        os.makedirs(options.state_dir, mode=0o700, exist_ok=True)
+        become_subreaper()
+    except OSError as error:
+        say(f"cannot begin: {error}")
+        return 2
+    # Before binding: a worker of a dead proxy may still hold the port.
+    if reaped := reaper.reap(options.state_dir):
+        named = ", ".join(f"{each.pid} ({each.command[:60]})" for each in reaped)
+        say(f"ended {len(reaped)} processes that a keeper left when it died: {named}")
+    listeners = bind_all({"http": options.listen, "admin": options.admin_listen})
+    return Keeper(options.proxy_argv, listeners, options.state_dir, options.drain_limit).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

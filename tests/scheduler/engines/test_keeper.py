@@ -1,0 +1,244 @@
+"""The keeper for real: processes are started, killed and counted."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler.engines import keeper, keeper_children, keeper_loop, reaper
+from tests.scheduler.engines.keeper_rig import Rig, eventually, lives, python
+
+SLEEP = "import time; time.sleep(60)"
+STUBBORN_FAMILY = """
+    import os, signal, sys, time
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+RUNAWAY_FAMILY = """
+    import os, time
+    if os.fork() == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(*options: str, **more: Any) -> Rig:
+        rigs.append(Rig(tmp_path / f"state{len(rigs)}", *options, **more))
+        return rigs[-1]
+
+    yield make
+    for each in rigs:
+        each.close()
+
+
+def printed_pid(rig: Rig, tag: str) -> int:
+    return int(eventually(lambda: rig.log(tag).exists() and rig.log(tag).read_text().strip()))
+
+
+def test_a_dead_proxy_is_replaced_and_neither_engine_nor_waiting_client_is_lost(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    engine = kept.spawn("a", SLEEP)["pid"]
+    first = kept.ask("who")["pid"]
+    os.kill(first, signal.SIGSTOP)
+    eventually(lambda: (process := reaper.read(first)) and process.state == "T")
+    with socket.create_connection(("127.0.0.1", kept.port)) as waiting, waiting.makefile("rw") as file:
+        file.write('{"op": "who"}\n')
+        file.flush()
+        os.kill(first, signal.SIGKILL)
+        assert f'"pid": {first}' not in file.readline()
+    assert lives(engine)
+    assert kept.ask("list")["engines"][0]["meta"] == {"model": "a"}
+
+
+def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(rig: Callable[..., Rig]) -> None:
+    kept = rig(setup="keeper.BACKOFF_FIRST_S = 0.3")
+    kept.ask("die")
+    engine = kept.spawn("a", SLEEP)["pid"]
+    kept.ask("die")  # the second fast death in a row: now there is a pause
+    os.kill(engine, signal.SIGKILL)
+    assert kept.exited() == [
+        {"op": "exited", "tag": "a", "pid": engine, "status": -signal.SIGKILL, "meta": {"model": "a"}}
+    ]
+    assert kept.engines() == []
+
+
+def test_a_proxy_that_dies_again_and_again_ends_everything(rig: Callable[..., Rig]) -> None:
+    kept = rig(setup="keeper.BACKOFF_FIRST_S = 0.001", proxy=python("import sys; sys.exit('no such table')"))
+    _, said = kept.process.communicate(timeout=4)
+    assert kept.process.returncode == 1
+    assert said.count("no such table") == keeper.FAST_DEATHS_LIMIT
+    assert "10 times in a row" in said
+
+
+def test_a_proxy_that_refuses_its_configuration_is_not_started_again(rig: Callable[..., Rig]) -> None:
+    kept = rig(proxy=python("import sys; print('bad key', file=sys.stderr); sys.exit(2)"))
+    _, said = kept.process.communicate(timeout=4)
+    assert kept.process.returncode == 2
+    assert said == "bad key\n"
+
+
+def test_the_end_of_an_engine_is_told_when_its_whole_family_has_gone(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    leader = kept.spawn("a", STUBBORN_FAMILY)["pid"]
+    grandchild = printed_pid(kept, "a")
+    kept.ask("signal", tag="a", sig=signal.SIGTERM)
+    exited = eventually(kept.exited)
+    assert not lives(grandchild)
+    assert (exited[0]["pid"], exited[0]["status"]) == (leader, -signal.SIGTERM)
+
+
+def test_a_grandchild_in_a_session_of_its_own_goes_with_its_engine(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    leader = kept.spawn("a", RUNAWAY_FAMILY)["pid"]
+    grandchild = printed_pid(kept, "a")
+    os.kill(leader, signal.SIGKILL)
+    eventually(kept.exited)
+    assert not lives(grandchild)
+
+
+def test_sigterm_leaves_nothing_and_exits_with_0(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    pids = [kept.ask("who")["pid"], kept.spawn("a", SLEEP)["pid"], kept.spawn("b", RUNAWAY_FAMILY)["pid"]]
+    pids.append(printed_pid(kept, "b"))
+    assert kept.stop() == (0, "")
+    assert not any(lives(pid) for pid in pids)
+
+
+def test_a_proxy_that_does_not_drain_in_time_is_ended(rig: Callable[..., Rig]) -> None:
+    kept = rig("--drain-limit", "0.05", proxy=python(f"print('up', flush=True); {STUBBORN}"))
+    time.sleep(0.3)  # nothing to ask: this proxy serves nobody
+    code, said = kept.stop()
+    assert code == 1
+    assert "did not drain" in said
+
+
+def test_a_second_ctrl_c_kills_at_once(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    engine = kept.spawn("a", STUBBORN)["pid"]
+    assert printed_pid(kept, "a") == 1
+    kept.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert lives(engine)  # it ignores SIGTERM and has seconds yet
+    code, said = kept.stop(signal.SIGINT)
+    assert code == 1
+    assert "twice" in said
+    assert not lives(engine)
+
+
+def test_everything_dies_with_a_killed_keeper_or_is_reaped_by_the_next(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    proxy, leader = kept.ask("who")["pid"], kept.spawn("a", STUBBORN_FAMILY)["pid"]
+    orphan = printed_pid(kept, "a")
+    kept.process.kill()
+    kept.process.communicate()
+    eventually(lambda: not lives(proxy) and not lives(leader))
+    assert lives(orphan)  # a parent-death signal reaches children only
+    kept.start()
+    assert kept.engines() == []
+    assert not lives(orphan)
+    assert f"ended 1 processes that a keeper left when it died: {orphan} (" in kept.stop()[1]
+
+
+def test_a_taken_port_is_named_in_one_line(rig: Callable[..., Rig]) -> None:
+    first = rig()
+    first.ask("who")
+    second = subprocess.run(first.command, capture_output=True, text=True, timeout=4, check=False)
+    assert second.returncode == 2
+    assert second.stderr == f"vramp keeper: cannot listen on 127.0.0.1:{first.port}: Address already in use\n"
+
+
+def test_children_are_marked_and_see_nothing_of_the_keepers_own(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    kept.process.kill()
+    kept.process.communicate()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0vramp-test-" + str(kept.port))
+        kept.start({"NOTIFY_SOCKET": "@vramp-test-" + str(kept.port), "PYTHONDONTWRITEBYTECODE": "1"})
+        pid = kept.spawn("a", SLEEP, env={"MINE": "1"})["pid"]
+        assert systemd.recv(100) == b"READY=1"
+        env = reaper.environment(pid)
+        assert kept.stop()[0] == 0
+        assert systemd.recv(100) == b"STOPPING=1"
+    assert (env["MINE"], env["VRAMP_TAG"], env["SPT_NOENV"]) == ("1", "a", "1")
+    assert env["VRAMP_KEEPER"].startswith(f"{kept.process.pid}-")
+    assert not {"PYTHONDONTWRITEBYTECODE", "NOTIFY_SOCKET", "VRAMP_KEEPER_FD", "VRAMP_LISTEN_FDS"} & set(env)
+
+
+def test_an_engine_leads_its_session_and_logs_where_only_its_owner_reads(rig: Callable[..., Rig]) -> None:
+    kept = rig()
+    pid = kept.spawn("a", f"print('hello', flush=True); {SLEEP}")["pid"]
+    assert eventually(kept.log("a").read_text) == "hello\n"
+    assert kept.log("a").stat().st_mode & 0o777 == 0o600
+    assert os.getsid(pid) == os.getpgid(pid) == pid
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"argv": ["/no/such/program"]}, "No such file or directory: '/no/such/program'"),
+        ({"argv": ["true\0"]}, "null byte"),
+        ({"argv": 7}, "cannot read this request"),
+        ({"log": "/no/such/folder/log"}, "/no/such/folder/log"),
+    ],
+)
+def test_a_start_that_cannot_be_is_answered_and_the_next_one_works(
+    rig: Callable[..., Rig], message: dict[str, Any], reason: str
+) -> None:
+    kept = rig()
+    answer = kept.spawn("a", SLEEP, **message)
+    assert answer["op"] == "failed"
+    assert reason in answer["reason"]
+    assert kept.spawn("a", SLEEP)["op"] == "spawned"
+    assert "already" in kept.spawn("a", SLEEP)["reason"]
+
+
+def test_sighup_reaches_the_proxy(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    mark = tmp_path / "reloaded"
+    proxy = f"""
+        import pathlib, signal, sys, time
+        signal.signal(signal.SIGHUP, lambda *_: pathlib.Path({str(mark)!r}).write_text("reloaded"))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        pathlib.Path({str(mark)!r}).write_text("up")
+        while True: time.sleep(60)
+    """
+    kept = rig(proxy=python(proxy))
+    eventually(lambda: mark.exists() and mark.read_text() == "up")
+    kept.process.send_signal(signal.SIGHUP)
+    eventually(lambda: mark.read_text() == "reloaded")
+
+
+def test_a_host_name_in_brackets_is_ipv6() -> None:
+    (name, sock), *rest = keeper.bind("http", "[::1]:0")
+    with sock:
+        assert (name, sock.family, sock.getsockname()[0], rest) == ("http", socket.AF_INET6, "::1", [])
+
+
+def test_the_keeper_needs_the_standard_library_only() -> None:
+    ours = set()
+    for module in (keeper, keeper_children, keeper_loop, reaper):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            ours |= {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert ours == {"scheduler.engines", "scheduler.engines.keeper_children", "scheduler.engines.keeper_loop"}
