@@ -66,11 +66,15 @@ class NotFound(CallError):
 
 
 class MethodNotAllowed(CallError):
-    """405, with the methods that are."""
+    """405, with the methods that are allowed as the `Allow` header wants them."""
 
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class RequestTimedOut(CallError):
@@ -95,6 +99,14 @@ class UnsupportedMediaType(CallError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class HeadersTooLarge(CallError):
+    """431: the request line or the headers are over the limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class RateLimited(CallError):

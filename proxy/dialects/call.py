@@ -14,9 +14,10 @@ from scheduler.model import LatencyClass
 
 
 class Dialect(StrEnum):
-    """Whose envelope errors and events wear."""
+    """Whose envelope errors and events wear. Responses shares OpenAI's envelope and has error events of its own."""
 
     OPENAI = "openai"
+    RESPONSES = "responses"
     ANTHROPIC = "anthropic"
 
 
@@ -39,11 +40,15 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct):
-    """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came."""
+    """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came.
+
+    `names_model` is False when the body has no model and `model` is the default.
+    """
 
     endpoint: Endpoint
     body: bytes
     model: str
+    names_model: bool = True
     stream: bool = False
     wants_usage: bool = False
     prompt_tokens_estimate: int = 1

@@ -1,0 +1,1 @@
+"""What can be called: models, where each runs, what each is."""

@@ -1,0 +1,189 @@
+"""From bytes to a `Call`: read what deciding needs, and refuse at the door what no engine could answer.
+
+Refusing here costs microseconds; the same 400 from an engine may cost a model load first. Only fields that decide
+something are typed. Unknown ones are left to the engine, which knows its own; messages are counted, never decoded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+
+from proxy.dialects.call import Call, Endpoint
+from proxy.dialects.splice import depth_exceeds, refuse_duplicate
+from proxy.errors import InvalidRequest
+from scheduler.model import LatencyClass
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+BYTES_PER_TOKEN = 4  # of English and code, JSON around it included; only ever an estimate
+SPLICED = ("model", "stream_options", "priority")
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Body(msgspec.Struct):
+    """What every path may say."""
+
+    model: str | None = None
+    priority: int | None = None
+
+
+class _Stream(_Body):
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+
+class _Chat(_Stream, kw_only=True):
+    messages: list[msgspec.Raw]
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    n: Positive | None = None
+
+
+class _Completion(_Stream):
+    max_tokens: NotNegative | None = None  # 0 with `echo` scores a prompt
+    n: Positive | None = None
+
+
+class _Responses(_Stream):
+    max_output_tokens: Positive | None = None
+
+
+class _Messages(_Stream, kw_only=True):
+    messages: list[msgspec.Raw]
+    max_tokens: NotNegative | None = None
+
+
+class _CountTokens(_Body, kw_only=True):
+    messages: list[msgspec.Raw]
+
+
+class _Embeddings(_Body, kw_only=True):
+    input: str | list[msgspec.Raw]
+    dimensions: Positive | None = None
+
+
+_SHAPES: dict[str, type[_Body]] = {
+    "/v1/chat/completions": _Chat,
+    "/v1/completions": _Completion,
+    "/v1/responses": _Responses,
+    "/v1/messages": _Messages,
+    "/v1/messages/count_tokens": _CountTokens,
+    "/v1/embeddings": _Embeddings,
+}
+_DECODERS = {path: msgspec.json.Decoder(shape) for path, shape in _SHAPES.items()}
+_PLAIN = msgspec.json.Decoder(_Body)
+_WHERE = re.compile(r" - at `\$\.?(.*)`$")
+_MISSING = re.compile(r"missing required field `(\w+)`")
+
+
+def decode(
+    endpoint: Endpoint,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    default_model: str | None = None,
+    default_class: LatencyClass = LatencyClass.STANDARD,
+    max_depth: int = 256,
+) -> Call:
+    """The call that these bytes are. Raises `InvalidRequest` naming the field. Microseconds for the ordinary body."""
+    _check_text(body, max_depth)
+    fields = _read(endpoint, body)
+    for name in SPLICED:
+        refuse_duplicate(body, name)
+    return Call(
+        endpoint=endpoint,
+        body=body,
+        model=_model(fields.model, default_model),
+        names_model=bool(fields.model),
+        stream=bool(getattr(fields, "stream", None)),
+        wants_usage=_wants_usage(fields),
+        prompt_tokens_estimate=max(1, len(body) // BYTES_PER_TOKEN),
+        max_output_tokens=_max_output(fields),
+        latency_class=_latency_class(headers.get("x-vramp-class"), default_class),
+        deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
+        priority=fields.priority,
+    )
+
+
+def _check_text(body: bytes, max_depth: int) -> None:
+    if not body.isascii():
+        try:
+            body.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}.") from None
+    if depth_exceeds(body, max_depth):
+        raise InvalidRequest(f"The body nests deeper than {max_depth} levels ([limits] max_json_depth).")
+
+
+def _read(endpoint: Endpoint, body: bytes) -> _Body:
+    try:
+        return _DECODERS.get(endpoint.path, _PLAIN).decode(body)
+    except msgspec.ValidationError as error:
+        message, param = _explain(str(error))
+        raise InvalidRequest(message, param=param) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequest("The body nests too deep.") from None
+
+
+def _explain(problem: str) -> tuple[str, str | None]:
+    missing = _MISSING.search(problem)
+    if missing is not None:
+        return f"Missing required field '{missing[1]}'.", missing[1]
+    where = _WHERE.search(problem)
+    if where is None or not where[1]:
+        return f"The body must be a JSON object: {problem}.", None
+    what = problem[: where.start()].replace("`", "")
+    return f"Invalid '{where[1]}': {what[0].lower()}{what[1:]}.", where[1]
+
+
+def _model(asked: str | None, default: str | None) -> str:
+    model = asked or default
+    if not model:
+        raise InvalidRequest("Missing required field 'model': name one of GET /v1/models.", param="model")
+    return model
+
+
+def _wants_usage(fields: _Body) -> bool:
+    options: _StreamOptions | None = getattr(fields, "stream_options", None)
+    return options is not None and bool(options.include_usage)
+
+
+def _max_output(fields: _Body) -> int | None:
+    for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
+        value: int | None = getattr(fields, name, None)
+        if value is not None:
+            return value * (getattr(fields, "n", None) or 1)
+    return None
+
+
+def _latency_class(said: str | None, default: LatencyClass) -> LatencyClass:
+    if said is None:
+        return default
+    try:
+        return LatencyClass[said.strip().upper()]
+    except KeyError:
+        names = ", ".join(each.name.lower() for each in LatencyClass)
+        raise InvalidRequest(f"Header x-vramp-class is not one of {names}.", param="x-vramp-class") from None
+
+
+def _deadline(said: str | None) -> float | None:
+    if said is None:
+        return None
+    try:
+        value = float(said)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:  # NaN fails both
+        name = "x-vramp-deadline-ms"
+        raise InvalidRequest(f"Header {name} is not a positive number of milliseconds.", param=name)
+    return value

@@ -1,0 +1,153 @@
+"""The three places where a body's bytes may change: `model`, `stream_options` and `priority`, at the top level.
+
+Everything else stays as the client wrote it, so nothing can be re-serialised wrongly (floats, key order, escapes,
+numbers beyond 64 bits) and prefix caches upstream see the bytes they saw before. The body has been decoded before it
+comes here: it is one JSON object, in UTF-8, of bounded depth. That is why a search with regular expressions may stand
+in for a parser; it is linear in the body (possessive quantifiers never step back).
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+
+import msgspec
+import orjson
+
+from proxy.errors import InvalidRequest
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_COLON = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+")
+_SCALAR = re.compile(rb"[^ \t\r\n,}\]]++")
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_DEPTH_STEP = bytes.maketrans(b"[{]}", b"\2\2\0\0")
+
+# Keys can hide behind escapes; ours are of lower-case letters and "_", U+005F to U+0079.
+_ESCAPED = re.compile(rb"\\u00[567]")
+
+Span = tuple[int, int]
+
+# A key at which we may splice, written plainly. The look-behind leaves out an escaped quote inside a longer string.
+_PLAIN = {
+    name: re.compile(rb'(?<!\\)"' + name.encode() + rb'"[ \t\r\n]*+:[ \t\r\n]*+')
+    for name in ("model", "stream_options", "priority")
+}
+
+
+def depth_exceeds(body: bytes, limit: int) -> bool:
+    """Whether brackets nest deeper than `limit`. Free for the ordinary body, which has fewer brackets than that."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    brackets = _STRING.sub(b"", body).translate(_DEPTH_STEP, _NOT_BRACKETS)
+    return max(accumulate(step - 1 for step in brackets), default=0) > limit
+
+
+class _Top(msgspec.Struct):
+    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    stream_options: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    priority: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_top = msgspec.json.Decoder(_Top)
+
+
+def refuse_duplicate(body: bytes, name: str) -> None:
+    """Raises `InvalidRequest` when the top-level key `name` is there twice.
+
+    Parsers differ on which of two wins: what says two things is refused before anything is decided on it.
+    """
+    pattern = _PLAIN[name]
+    first = pattern.search(body)
+    if _ESCAPED.search(body) or (first is not None and pattern.search(body, first.end())):
+        _walk(body, name)
+
+
+def value_span(body: bytes, name: str) -> Span | None:
+    """Where the value of the top-level key `name` lies, None if the key is absent. Raises as `refuse_duplicate`.
+
+    Fast when the key is there, is written plainly once in the whole body and no key can be written with escapes:
+    then that one place is it. Otherwise the tokens of the body are walked once.
+    """
+    if getattr(_top.decode(body), name) is msgspec.UNSET:
+        return None
+    pattern = _PLAIN[name]
+    first = pattern.search(body)
+    if first is None or _ESCAPED.search(body) or pattern.search(body, first.end()):
+        return _walk(body, name)
+    return first.end(), _value_end(body, first.end())
+
+
+def _must(match: re.Match[bytes] | None) -> re.Match[bytes]:
+    """Decoding came before, so a miss is a bug of ours; it must not become a wrong splice."""
+    if match is None:
+        raise RuntimeError("splicing something that is not JSON")
+    return match
+
+
+def _value_end(body: bytes, start: int) -> int:
+    opener = body[start : start + 1]
+    if opener in (b"{", b"["):
+        return _nested_end(body, start)
+    return _must((_STRING if opener == b'"' else _SCALAR).match(body, start)).end()
+
+
+def _nested_end(body: bytes, start: int) -> int:
+    depth = 0
+    for token in _TOKEN.finditer(body, start):
+        mark = token.group()
+        if mark in (b"{", b"["):
+            depth += 1
+        elif mark in (b"}", b"]"):
+            depth -= 1
+            if not depth:
+                return token.end()
+    raise RuntimeError("splicing something that is not JSON")
+
+
+def _walk(body: bytes, name: str) -> Span | None:
+    found: Span | None = None
+    depth, key_next = 0, True
+    for token in _TOKEN.finditer(body):
+        mark = token.group()
+        if mark in (b"{", b"["):
+            depth += 1
+        elif mark in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1 and mark == b",":
+            key_next = True
+        elif depth == 1 and key_next:
+            key_next = False
+            if msgspec.json.decode(mark) == name:
+                if found is not None:
+                    raise InvalidRequest(f"'{name}' is given twice; give it once.", param=name, code="duplicate_field")
+                start = _must(_COLON.match(body, token.end())).end()
+                found = start, _value_end(body, start)
+    return found
+
+
+def splice(body: bytes, changes: dict[str, bytes]) -> bytes:
+    """The body with these top-level values (JSON) replaced, or put in front where the key is absent."""
+    if not changes:
+        return body
+    edits: list[tuple[int, int, bytes]] = []
+    added: list[bytes] = []
+    for name, value in changes.items():
+        span = value_span(body, name)
+        if span is None:
+            added.append(orjson.dumps(name) + b":" + value)
+        else:
+            edits.append((*span, value))
+    if added:
+        edits.append(_insertion(body, added))
+    for start, end, value in sorted(edits, reverse=True):
+        body = body[:start] + value + body[end:]
+    return body
+
+
+def _insertion(body: bytes, added: list[bytes]) -> tuple[int, int, bytes]:
+    at = body.index(b"{") + 1
+    after_space = _must(_SPACE.match(body, at)).end()
+    empty = body[after_space : after_space + 1] == b"}"
+    return at, at, b",".join(added) + (b"" if empty else b",")

@@ -1,0 +1,57 @@
+"""What became of one request: filled in along its way, read by the response headers, the metrics and the access log."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Outcome(msgspec.Struct):
+    """One request, from its first byte to its end. Times are in seconds; `started_s` is monotonic.
+
+    `status` is what the client saw, or 499 when it left first. An error after the first byte leaves the status at 200
+    and is told by `error`.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    started_s: float
+    remote: str = ""
+    tenant: str = ""
+    model: str = ""
+    backend: str = ""
+    reason: str = ""
+    latency_class: str = ""
+    stream: bool = False
+    status: int = 0
+    error: str | None = None
+    attempts: int = 0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    upstream_s: float = 0.0
+    first_byte_s: float | None = None
+    duration_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """What is known by now, as response headers. A failed request has no backend that answered."""
+        known = {"x-request-id": self.request_id}
+        if self.model:
+            known["x-vramp-model"] = self.model
+            known["x-vramp-class"] = self.latency_class
+        if self.attempts:
+            known["x-vramp-backend"] = self.backend
+            known["x-vramp-reason"] = self.reason
+            known["x-vramp-wait-ms"] = self.wait_ms()
+            known["x-vramp-attempts"] = str(self.attempts)
+        return known
+
+    def wait_ms(self) -> str:
+        """The waits in whole milliseconds, as `x-vramp-wait-ms` has them."""
+        queue, load, upstream = (round(each * 1000) for each in (self.queue_s, self.load_s, self.upstream_s))
+        return f"queue={queue},load={load},upstream={upstream}"

@@ -1,0 +1,50 @@
+"""What the journey needs of whatever answers: an engine of ours or somebody else's server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+
+class Upstream(Protocol):
+    """An answer whose headers have come. Leaving its context before the end cancels the work upstream."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers, names in any case."""
+        ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Nothing is read ahead of the consumer beyond a fixed buffer. Raises `Broken`."""
+        ...
+
+
+class Provider(Protocol):
+    """One dialect of the outside world. It knows nothing of the scheduler, of clients or of routing."""
+
+    def send(
+        self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None
+    ) -> AbstractAsyncContextManager[Upstream]:
+        """POST the body. `base_url` is the lease's for a local engine, None for the backend's own.
+
+        Raises `Unreachable` when nothing can have been executed, `Broken` when that is not known.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close all connections; what is in flight breaks."""
+        ...
+
+
+class Unreachable(Exception):
+    """No connection, or no free slot in time: the request was not executed."""
+
+
+class Broken(Exception):
+    """The connection ended before the answer did. What had been sent may have been executed."""

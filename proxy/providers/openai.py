@@ -1,0 +1,138 @@
+"""Any server that speaks OpenAI's API, an engine of ours or a remote one: bytes there, bytes back.
+
+The key belongs to the backend's own `base_url` and goes nowhere else: redirects are not followed, and a request to a
+lease's URL carries no key. Nothing of the client's headers passes but an allow-list that the journey has applied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import aiohttp
+from yarl import URL
+
+from proxy.config import LOCAL_KINDS, BackendConfig, Secret
+from proxy.providers.base import Broken, Unreachable
+
+# uvicorn, which serves vLLM, closes an idle connection after 5 s: leave before it does, or race with its FIN.
+ENGINE_KEEPALIVE_S = 4.0
+SLOT_WAIT_S = 30.0  # for one of `max_connections`; a remote that is slower than that is not a place to queue for
+WAITERS_PER_CONNECTION = 4
+# A connection that the server closed while idle breaks at once when it is used. Later breaks were of live requests,
+# which may have been executed and charged for: they are not sent twice.
+STALE_S = 1.0
+
+
+class HttpUpstream:
+    """`Upstream` over one aiohttp response."""
+
+    __slots__ = ("_response",)
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self._response.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers, names in any case."""
+        return self._response.headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes; reading pauses when the consumer does."""
+        content = self._response.content
+        try:
+            while chunk := await content.readany():
+                yield chunk
+        except (aiohttp.ClientError, OSError) as error:
+            raise Broken(_why(error)) from error
+
+
+class OpenAIProvider:
+    """One backend: its session, its pool, its key. Make it on the running loop, close it after its last request."""
+
+    def __init__(self, backend: BackendConfig, key: Secret | None, *, connect_s: float) -> None:
+        remote = backend.kind not in LOCAL_KINDS
+        self._name = backend.name
+        self._base_url = backend.base_url
+        self._headers = {"user-agent": "vramp", "accept-encoding": "identity", "content-type": "application/json"}
+        self._key = key
+        # The scheduler's leases bound what an engine gets; for remotes the pool does.
+        limit = backend.max_connections if remote else 0
+        self._most = limit * (1 + WAITERS_PER_CONNECTION) if remote else None
+        self._open = 0
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=limit, keepalive_timeout=backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, connect=SLOT_WAIT_S + connect_s, sock_connect=connect_s),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            skip_auto_headers=("accept",),
+        )
+
+    @asynccontextmanager
+    async def send(
+        self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None
+    ) -> AsyncIterator[HttpUpstream]:
+        """See `Provider.send`."""
+        if self._most is not None and self._open >= self._most:
+            raise Unreachable(f"backend {self._name} has no free connection and {self._open} requests already")
+        self._open += 1
+        try:
+            response = await self._post(self._url(path, base_url), body, self._headers_for(headers, base_url))
+            try:
+                yield HttpUpstream(response)
+            finally:
+                # Closes the connection unless the body was read to its end: that is what cancels the work upstream.
+                if response.content.at_eof():
+                    response.release()
+                else:
+                    response.close()
+        finally:
+            self._open -= 1
+
+    async def close(self) -> None:
+        """Close all connections; what is in flight breaks."""
+        await self._session.close()
+
+    def _url(self, path: str, base_url: str | None) -> URL:
+        base = (base_url or self._base_url or "").rstrip("/")
+        if base.endswith("/v1") and path.startswith("/v1/"):
+            path = path[3:]  # both ways of writing a base URL are common
+        return URL(base + path, encoded=True)
+
+    def _headers_for(self, headers: Mapping[str, str], base_url: str | None) -> dict[str, str]:
+        own = {**headers, **self._headers}
+        if self._key is not None and base_url is None:
+            own["authorization"] = f"Bearer {self._key.reveal()}"
+        return own
+
+    async def _post(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        loop = asyncio.get_running_loop()
+        sent_s = loop.time()
+        try:
+            return await self._post_once(url, body, headers)
+        except Broken:
+            if loop.time() - sent_s >= STALE_S:
+                raise
+        return await self._post_once(url, body, headers)
+
+    async def _post_once(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        try:
+            return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ssl.SSLError) as error:
+            raise Unreachable(f"backend {self._name}: {_why(error)}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Broken(f"backend {self._name}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,65 @@
+"""Where a call may go: the deployments of its model in the order to try them, each with the reason for its place.
+
+Local first, because it costs nothing more and nothing leaves the house; then remote ones in the order written.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import msgspec
+
+from proxy.catalog.catalog import Catalog, Deployment
+from proxy.dialects.call import Call
+from proxy.errors import InvalidRequest, NotFound
+
+SUGGESTIONS = 3
+SHOWN = 100  # characters of a caller's own words that an error repeats; difflib is quadratic beyond
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """One attempt that may be made."""
+
+    deployment: Deployment
+    reason: str
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What routing says: never empty, tried from the left."""
+
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+class Router:
+    """Decides from the catalog alone; it holds nothing that changes."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def decide(self, call: Call) -> Decision:
+        """The candidates. Raises `NotFound` for an unknown model, `InvalidRequest` where none has the path's task."""
+        group = self._catalog.group(call.model)
+        if not group:
+            raise self._unknown(call.model)
+        able = [each for each in group if each.serves(call.endpoint.task)]
+        if not able:
+            raise InvalidRequest(
+                f"Model '{call.model}' is for task '{group[0].model.task}'; {call.endpoint.path} needs a model "
+                f"for '{call.endpoint.task}'.",
+                param="model",
+                code="model_not_supported",
+            )
+        ordered = [each for each in able if each.local] + [each for each in able if not each.local]
+        candidates = tuple(Candidate(each, _reason(each, first=not at)) for at, each in enumerate(ordered))
+        return Decision(candidates, candidates[0].reason)
+
+    def _unknown(self, name: str) -> NotFound:
+        near = get_close_matches(name, self._catalog.ids, SUGGESTIONS) if len(name) <= SHOWN else []
+        hint = f"Did you mean {' or '.join(near)}?" if near else "GET /v1/models lists what there is."
+        return NotFound(f"There is no model '{name[:SHOWN]}'. {hint}", param="model", code="model_not_found")
+
+
+def _reason(deployment: Deployment, *, first: bool) -> str:
+    kind = "local" if deployment.local else "remote"
+    return kind if first else f"fallback-{kind}"

@@ -1,0 +1,174 @@
+"""What every request to the public listener goes through: opened, answered by something, settled once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+
+import orjson
+from aiohttp import web
+
+from proxy.catalog.catalog import Deployment
+from proxy.dialects.call import Dialect
+from proxy.dialects.endpoints import dialect_of
+from proxy.dialects.envelope import body_for
+from proxy.errors import CallError, HeadersTooLarge, NotFound, Unavailable, UpstreamTimedOut
+from proxy.observe.access_log import AccessLog
+from proxy.observe.metrics import Metrics
+from proxy.observe.outcome import Outcome
+from proxy.server import routes
+from proxy.server.answer import JSON, Answer, ClientStalled
+from proxy.server.journey import Journey, Leases
+from proxy.server.routes import Route
+from proxy.server.state import State
+from proxy.server.watchdog import Watchdog
+
+log = logging.getLogger("vramp.server")
+
+LEFT = 499  # nginx's number for a client that closed first; it is logged, never sent
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Handler:
+    """The request handler of the server. `state` may be replaced at any time; `draining` is set once, by `drain`."""
+
+    def __init__(
+        self,
+        state: State,
+        leases: Leases,
+        metrics: Metrics,
+        access_log: AccessLog,
+        *,
+        residency: Callable[[Deployment], str],
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.state = state
+        self.draining = False
+        self._leases = leases
+        self._metrics = metrics
+        self._access_log = access_log
+        self._residency = residency
+        self._ready = ready
+        self._created = int(time.time())
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being answered."""
+        return self._in_flight
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are welcome: what /readyz says on both listeners."""
+        return not self.draining and self._ready()
+
+    async def until_idle(self) -> None:
+        """Return when no request is in flight."""
+        await self._idle.wait()
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request and settle it, however it ends."""
+        outcome = _open(request)
+        self._in_flight += 1
+        self._idle.clear()
+        self._metrics.started()
+        try:
+            return await self._answered(request, outcome)
+        except (asyncio.CancelledError, ConnectionError, ClientStalled) as gone:
+            outcome.status = LEFT
+            outcome.error = outcome.error or ("client_stalled" if isinstance(gone, ClientStalled) else "client_left")
+            if isinstance(gone, ClientStalled) and request.transport is not None:
+                request.transport.abort()  # close() would wait for a buffer that nobody takes
+                raise ConnectionResetError("the client takes nothing") from None
+            raise
+        finally:
+            outcome.duration_s = asyncio.get_running_loop().time() - outcome.started_s
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self._metrics.finished(outcome)
+            self._access_log.write(outcome)
+
+    async def _answered(self, request: web.BaseRequest, outcome: Outcome) -> web.StreamResponse:
+        timeouts = self.state.config.timeouts
+        too_long = UpstreamTimedOut(f"The request took longer than {timeouts.total_s:g} s ([timeouts] total_s).")
+        watch = Watchdog(timeouts.total_s, too_long)
+        answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
+        tell = answer.fail
+        try:
+            with watch:
+                route = self._admit(request)
+                if route.endpoint is None or request.method == "OPTIONS":
+                    await self._page(request, route, answer)
+                else:
+                    journey = Journey(self.state, self._leases, request, route.endpoint, answer, outcome, watch)
+                    tell = journey.fail
+                    await journey.run()
+        except CallError as error:
+            with watch:
+                await tell(error)
+        except (asyncio.CancelledError, ConnectionError, ClientStalled):
+            raise
+        except Exception:
+            log.exception("request %s failed in us", outcome.request_id)
+            with watch:
+                await answer.fail(CallError("An error of vramp itself; its log has the request id.", code="internal"))
+        return answer.response
+
+    def _admit(self, request: web.BaseRequest) -> Route:
+        if sum(len(name) + len(value) + 4 for name, value in request.raw_headers) > self.state.max_header:
+            raise HeadersTooLarge(f"The headers are larger than {self.state.max_header} bytes ([limits] max_header).")
+        route = routes.find(request.method, request.path)
+        if route.endpoint is not None and not self.ready:
+            request.protocol.keep_alive(False)
+            raise Unavailable("vramp is stopping or not up yet.", code="stopping", retry_after_s=1.0)
+        return route
+
+    async def _page(self, request: web.BaseRequest, route: Route, answer: Answer) -> None:
+        if request.method == "OPTIONS":
+            await answer.whole(204, {"allow": route.allow}, b"")
+        elif route.page == routes.MODELS:
+            self.state.keys.authenticate(request.headers)
+            await answer.whole(200, {"content-type": JSON}, orjson.dumps(self._models(route.rest)))
+        elif route.page == routes.READY and not self.ready:
+            await answer.whole(503, {"content-type": "text/plain"}, b"stopping or not up yet\n")
+        else:
+            await answer.whole(200, {"content-type": "text/plain"}, b"ok\n")
+
+    def _models(self, model_id: str) -> dict[str, object]:
+        catalog = self.state.catalog
+        if not model_id:
+            entries = [catalog.entry(each, self._created, self._residency) for each in catalog.ids]
+            return {"object": "list", "data": entries}
+        entry = catalog.entry(model_id, self._created, self._residency)
+        if entry is None:
+            raise NotFound(f"There is no model '{model_id[:100]}'.", param="model", code="model_not_found")
+        return entry
+
+    def malformed(self, request: web.BaseRequest, error: CallError) -> web.Response:
+        """The answer to bytes that are no HTTP request of ours; it has no path, so it wears OpenAI's envelope."""
+        outcome = _open(request)
+        outcome.status, outcome.error = error.status, error.code or error.type
+        self._metrics.started()
+        self._metrics.finished(outcome)
+        self._access_log.write(outcome)
+        headers = {"content-type": JSON, "server": "vramp", **outcome.headers()}
+        body = body_for(Dialect.OPENAI, error, outcome.request_id)
+        return web.Response(status=error.status, headers=headers, body=body)
+
+
+def _open(request: web.BaseRequest) -> Outcome:
+    given = request.headers.get("x-request-id", "")
+    return Outcome(
+        request_id=given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}",
+        method=request.method,
+        path=request.path,
+        started_s=asyncio.get_running_loop().time(),
+        remote=request.remote or "",
+    )

@@ -1,0 +1,161 @@
+"""The public listener: aiohttp's low-level server on sockets that somebody else opened.
+
+`handler_cancellation` is on: when a client's connection goes, its handler is cancelled where it waits, and with it the
+lease and the work upstream. aiohttp parses; what its parser refuses is answered in an API client's language.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import msgspec
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from proxy.errors import CallError, HeadersTooLarge, InvalidRequest
+from proxy.server.handler import Handler
+
+log = logging.getLogger("vramp.server")
+
+BACKLOG = 4096
+MAX_LINE = 8190
+MAX_HEADERS = 128
+LINGER_S = 2.0  # how long a refused client may go on sending before we close on it
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the parser and the connections need to know. A reload leaves them as they are."""
+
+    max_header: int = 65536
+    keepalive_s: float = 75.0
+    write_stall_s: float = 60.0
+
+
+class Protocol(RequestHandler):
+    """One client connection."""
+
+    __slots__ = ("_handler", "_stall_ms")
+
+    def __init__(self, manager: HttpServer, handler: Handler, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(manager, **kwargs)
+        self._handler = handler
+        self._stall_ms = int(limits.write_stall_s * 1000)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let the kernel drop a connection whose peer takes nothing of what our handlers have already left behind."""
+        connection: socket.socket | None = transport.get_extra_info("socket")
+        if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT") and connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_ms)
+        super().connection_made(transport)
+
+    def _make_error_handler(self, err_info: Any) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+        async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+            self.close()  # from here on what arrives is dropped unparsed
+            response = self._handler.malformed(request, _explain(err_info.exc))
+            response.force_close()
+            await response.prepare(request)
+            await response.write_eof()
+            # Closing over unread bytes sends a reset, which can overtake the answer: linger, as nginx does.
+            await asyncio.sleep(LINGER_S)
+            return response
+
+        return refuse
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Only for what `Handler` itself let through, which is a bug of ours."""
+        log.error("request failed outside its handler: %s", message or exc, exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun already")
+        response = self._handler.malformed(request, CallError("An error of vramp itself.", code="internal"))
+        response.force_close()
+        return response
+
+
+class HttpServer(web.Server):
+    """aiohttp's server with our protocol."""
+
+    def __init__(self, handler: Handler, limits: Limits) -> None:
+        super().__init__(handler, handler_cancellation=True)
+        self._handler = handler
+        self._limits = limits
+
+    def __call__(self) -> RequestHandler:
+        """A protocol for a new connection."""
+        return Protocol(
+            self,
+            self._handler,
+            self._limits,
+            loop=self._loop,
+            keepalive_timeout=self._limits.keepalive_s,
+            access_log=cast("logging.Logger", None),
+            max_line_size=MAX_LINE,
+            max_field_size=self._limits.max_header,
+            max_headers=MAX_HEADERS,
+            lingering_time=LINGER_S,
+        )
+
+
+def _explain(error: BaseException) -> CallError:
+    if isinstance(error, LineTooLong):
+        return HeadersTooLarge("The request line or a header is too long ([limits] max_header).")
+    first_line = str(getattr(error, "message", "")).partition("\n")[0].rstrip(":")
+    return InvalidRequest(f"This is not a well-formed HTTP request: {first_line or 'it cannot be parsed'}.")
+
+
+class Server:
+    """A running listener. `drain`, then `close`."""
+
+    def __init__(self, handler: Handler, protocol: HttpServer, listeners: Sequence[asyncio.Server]) -> None:
+        self._handler = handler
+        self._protocol = protocol
+        self._listeners = listeners
+
+    @property
+    def addresses(self) -> list[Any]:
+        """Where it listens."""
+        return [each.getsockname() for listener in self._listeners for each in listener.sockets]
+
+    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+        """Let what is in flight finish; True when all of it did in time.
+
+        New calls get 503 meanwhile. With `accept=False` new connections are left in the listen queue for whoever else
+        holds the sockets: the way of an upgrade, where the successor takes them.
+        """
+        self._handler.draining = True
+        if not accept:
+            self._stop_listening()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._handler.until_idle()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop listening and cut every connection that is left. Idempotent."""
+        self._stop_listening()
+        self._protocol.pre_shutdown()
+        await self._protocol.shutdown(timeout=0.1)
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+
+async def start(handler: Handler, sockets: Sequence[socket.socket], limits: Limits) -> Server:
+    """Serve on these bound sockets, on the running loop. The server closes its own duplicates, never the sockets."""
+    loop = asyncio.get_running_loop()
+    protocol = HttpServer(handler, limits)
+    listeners = [await loop.create_server(protocol, sock=each.dup(), backlog=BACKLOG) for each in sockets]
+    return Server(handler, protocol, listeners)

@@ -1,0 +1,238 @@
+"""The one path of a call: decode, gate, route, attempts, relay. Each attempt is a lease or a slot of a backend's pool.
+
+Another candidate is tried only before the commit point, the first byte of model output to the client: after it the
+client holds half an answer that no other model can finish. Whatever happens, the lease goes back by leaving its `with`
+block, and the client is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import orjson
+from aiohttp import web
+
+from proxy.dialects.call import Call, Endpoint
+from proxy.dialects.decode import decode
+from proxy.dialects.endpoints import WITH_STREAM_OPTIONS
+from proxy.dialects.splice import splice
+from proxy.errors import CallError, InvalidRequest, NotFound, Unavailable, UpstreamFailed, UpstreamTimedOut
+from proxy.observe.outcome import Outcome
+from proxy.providers.base import Broken, Unreachable
+from proxy.routing.router import Candidate
+from proxy.server.answer import Answer
+from proxy.server.body import read_body
+from proxy.server.relay import Relay, UpstreamRefused
+from proxy.server.state import State
+from proxy.server.watchdog import Watchdog
+from scheduler.driver import Lease, Refused
+from scheduler.model import RefusalCode, Ticket
+
+FIRST_COMMENT_S = 1.0
+COMMENT_EVERY_S = 3.0
+OUTPUT_TOKENS = 512  # reserved where a request sets no limit: a guess that decides packing, never a refusal
+FAILOVER_STATUSES = frozenset({429, 502, 503, 504})
+FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta", "openai-beta")
+
+
+class Waits(Protocol):
+    """A ticket on its way to a lease, as `scheduler.driver.Waiting` is one."""
+
+    def __enter__(self) -> Waits: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    async def granted(self) -> Lease:
+        """The lease. Raises `Refused`. May be cancelled and awaited again."""
+        ...
+
+    def describe(self) -> str:
+        """One line on what is waited for."""
+        ...
+
+
+class Leases(Protocol):
+    """What a journey needs of the scheduler."""
+
+    def lease(self, ticket: Ticket) -> Waits:
+        """Ask for a lease; leaving the `with` block withdraws or returns it."""
+        ...
+
+    def new_ticket_id(self) -> int:
+        """A number no other ticket has."""
+        ...
+
+
+class AttemptFailed(Exception):
+    """This candidate could not answer and another may. `error` is what to say if none can."""
+
+    def __init__(self, error: CallError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Journey:
+    """One call of a model."""
+
+    def __init__(
+        self,
+        state: State,
+        leases: Leases,
+        request: web.BaseRequest,
+        endpoint: Endpoint,
+        answer: Answer,
+        outcome: Outcome,
+        watch: Watchdog,
+    ) -> None:
+        self._state = state
+        self._leases = leases
+        self._request = request
+        self._endpoint = endpoint
+        self._answer = answer
+        self._outcome = outcome
+        self._watch = watch
+
+    async def run(self) -> None:
+        """Answer the client. Raises `CallError` for what it is still to be told."""
+        tenant = self._state.keys.authenticate(self._request.headers)  # before the body: strangers send us nothing
+        self._outcome.tenant = tenant
+        call = await self._decode()
+        call.tenant = tenant
+        decision = self._state.router.decide(call)
+        self._outcome.model, self._outcome.stream = call.model, call.stream
+        self._outcome.latency_class = call.latency_class.name.lower()
+        relay = Relay(call, self._answer, self._outcome, self._watch, self._state.config.timeouts)
+        failed: AttemptFailed | None = None
+        for candidate in decision.candidates:
+            try:
+                await self._attempt(call, candidate, relay)
+                return
+            except AttemptFailed as failure:
+                failed = failure
+                if self._answer.committed:
+                    break
+        raise failed.error if failed is not None else Unavailable("No backend can serve this call.")
+
+    async def _decode(self) -> Call:
+        state = self._state
+        body = await read_body(self._request, state.max_body, state.config.timeouts.read_body_s)
+        self._outcome.bytes_in = len(body)
+        call = decode(
+            self._endpoint,
+            self._request.headers,
+            body,
+            default_model=state.catalog.default_for(self._endpoint.task),
+            default_class=state.default_class,
+            max_depth=state.config.limits.max_json_depth,
+        )
+        call.request_id = self._outcome.request_id
+        return call
+
+    async def _attempt(self, call: Call, candidate: Candidate, relay: Relay) -> None:
+        self._outcome.attempts += 1
+        self._outcome.backend, self._outcome.reason = candidate.deployment.where, candidate.reason
+        if not candidate.deployment.local:
+            await self._exchange(call, candidate, relay, None)
+            return
+        with self._leases.lease(self._ticket(call, candidate)) as waiting:
+            try:
+                lease = await self._granted(call, waiting)
+            except Refused as refused:
+                raise _refusal(refused) from None
+            self._outcome.queue_s += lease.queue_s
+            self._outcome.load_s += lease.load_s
+            await self._exchange(call, candidate, relay, lease.base_url)
+
+    def _ticket(self, call: Call, candidate: Candidate) -> Ticket:
+        limit_ms = call.deadline_ms or self._state.deadlines_ms.get(call.latency_class)
+        output = call.max_output_tokens if call.max_output_tokens is not None else OUTPUT_TOKENS
+        return Ticket(
+            id=self._leases.new_ticket_id(),
+            model=candidate.deployment.name,
+            latency_class=call.latency_class,
+            tenant=call.tenant,
+            weight_tokens=call.prompt_tokens_estimate + output,
+            deadline_s=None if limit_ms is None else self._outcome.started_s + limit_ms / 1000,
+        )
+
+    async def _granted(self, call: Call, waiting: Waits) -> Lease:
+        """The lease; a streaming client is told from time to time what it waits for."""
+        self._watch.lift()
+        if not (call.stream and self._endpoint.streams):
+            return await waiting.granted()
+        pause_s = FIRST_COMMENT_S
+        while True:
+            try:
+                async with asyncio.timeout(pause_s):
+                    return await waiting.granted()
+            except TimeoutError:
+                await self._answer.comment(waiting.describe())
+                self._watch.lift()
+                pause_s = COMMENT_EVERY_S
+
+    async def _exchange(self, call: Call, candidate: Candidate, relay: Relay, base_url: str | None) -> None:
+        deployment = candidate.deployment
+        provider = self._state.providers[deployment.backend.name]
+        first_byte_s = self._state.config.timeouts.first_byte_s
+        self._watch.limit(
+            first_byte_s,
+            UpstreamTimedOut(f"The model did not begin to answer in {first_byte_s:g} s ([timeouts] first_byte_s)."),
+        )
+        body = self._body_for(call, deployment.model.upstream_model)
+        asked_s = self._watch.now()
+        try:
+            async with provider.send(
+                self._endpoint.upstream_path, body, self._forwarded(), base_url=base_url
+            ) as upstream:
+                if 200 <= upstream.status < 300:
+                    await relay.carry(upstream, asked_s)
+                    return
+                error = await relay.refusal(upstream, where=deployment.where, local=deployment.local)
+                status = upstream.status
+        except Unreachable as problem:
+            raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' cannot be reached: {problem}.")) from problem
+        except Broken as problem:
+            raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' broke off: {problem}.")) from problem
+        raise AttemptFailed(error) if status in FAILOVER_STATUSES else error
+
+    def _body_for(self, call: Call, upstream_model: str | None) -> bytes:
+        changes: dict[str, bytes] = {}
+        if upstream_model is not None and upstream_model != call.model:
+            changes["model"] = orjson.dumps(upstream_model)
+        elif not call.names_model:
+            changes["model"] = orjson.dumps(call.model)
+        if call.stream and not call.wants_usage and self._endpoint.path in WITH_STREAM_OPTIONS:
+            changes["stream_options"] = b'{"include_usage":true}'
+        if call.priority is not None and call.priority < 0:
+            changes["priority"] = b"0"  # vLLM serves lower numbers first: callers may step back, not push forward
+        return splice(call.body, changes)
+
+    def _forwarded(self) -> dict[str, str]:
+        headers = self._request.headers
+        return {name: headers[name] for name in FORWARDED if name in headers}
+
+    async def fail(self, error: CallError) -> None:
+        """Tell the client: the upstream's own words where they are whole and nothing has been sent, else ours."""
+        if isinstance(error, UpstreamRefused) and error.raw is not None and not self._answer.started:
+            self._outcome.error = error.code or error.type
+            await self._answer.whole(error.status, error.headers, error.raw)
+        else:
+            await self._answer.fail(error)
+
+
+def _refusal(refused: Refused) -> Exception:
+    """What a refusal of the scheduler means to the caller, and whether another candidate may help.
+
+    Overload is ours, so it is 503 with the time to come back; 429 is kept for limits of the caller's own. What can
+    never fit is 400, because SDKs repeat every 5xx and no repetition helps. Only a stop is not tried elsewhere.
+    """
+    code, reason = refused.code, refused.reason
+    if code is RefusalCode.UNKNOWN_MODEL:
+        return AttemptFailed(NotFound(reason, param="model", code="model_not_found"))
+    if code is RefusalCode.NEVER_FITS:
+        return AttemptFailed(InvalidRequest(reason, param="model", code="model_never_fits"))
+    error = Unavailable(reason, code=code.value, retry_after_s=refused.retry_after_s)
+    if code is RefusalCode.STOPPING:
+        return error
+    return AttemptFailed(error)

@@ -1,0 +1,48 @@
+"""The dispatch table of the public listener: paths as data, decided from the parsed path alone.
+
+One dict look-up for every path of the API. aiohttp's own router costs more than the rest of a small request's handling,
+and answers 404 and 405 in no client's dialect.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from proxy.dialects.call import Endpoint
+from proxy.dialects.endpoints import ENDPOINTS
+from proxy.errors import MethodNotAllowed, NotFound
+
+MODELS = "/v1/models"
+HEALTH, READY = "/healthz", "/readyz"
+_READ = ("GET", "HEAD")
+
+
+class Route(msgspec.Struct, frozen=True):
+    """What a path is. `endpoint` for a call of a model; otherwise a page named by its path, `rest` what followed it."""
+
+    page: str
+    methods: tuple[str, ...]
+    endpoint: Endpoint | None = None
+    rest: str = ""
+
+    @property
+    def allow(self) -> str:
+        """The `Allow` header."""
+        return ", ".join((*self.methods, "OPTIONS"))
+
+
+_ROUTES = {path: Route(path, ("POST",), endpoint) for path, endpoint in ENDPOINTS.items()} | {
+    path: Route(path, _READ) for path in (MODELS, HEALTH, READY)
+}
+
+
+def find(method: str, path: str) -> Route:
+    """The route. Raises `NotFound`, or `MethodNotAllowed` naming the methods that are; OPTIONS always is."""
+    route = _ROUTES.get(path)
+    if route is None:
+        if not path.startswith(MODELS + "/"):
+            raise NotFound(f"There is no path {path[:200]} here. Models are called at {', '.join(ENDPOINTS)}.")
+        route = Route(MODELS, _READ, rest=path.removeprefix(MODELS + "/"))
+    if method not in route.methods and method != "OPTIONS":
+        raise MethodNotAllowed(f"{method[:20]} is not allowed on {route.page}: use {route.methods[0]}.", route.allow)
+    return route

@@ -1,0 +1,48 @@
+"""What one request sees of the configuration: a snapshot. A reload swaps it; requests in flight keep the old one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from proxy.catalog.catalog import Catalog
+from proxy.config import Config
+from proxy.gate.keys import Keys
+from proxy.providers.base import Provider
+from proxy.routing.router import Router
+from proxy.sizes import byte_size
+from scheduler.model import LatencyClass
+
+
+class State(msgspec.Struct, frozen=True):
+    """Immutable, and read once per request. `providers` are by backend name."""
+
+    config: Config
+    catalog: Catalog
+    router: Router
+    keys: Keys
+    providers: Mapping[str, Provider]
+    default_class: LatencyClass
+    max_body: int
+    max_header: int
+    deadlines_ms: Mapping[LatencyClass, float]
+
+    @classmethod
+    def of(cls, config: Config, catalog: Catalog, keys: Keys, providers: Mapping[str, Provider]) -> State:
+        """The snapshot of a checked configuration."""
+        return cls(
+            config=config,
+            catalog=catalog,
+            router=Router(catalog),
+            keys=keys,
+            providers=providers,
+            default_class=LatencyClass[config.defaults.latency_class.upper()],
+            max_body=byte_size(config.limits.max_body),
+            max_header=byte_size(config.limits.max_header),
+            deadlines_ms={
+                LatencyClass[name.upper()]: each.deadline_ms
+                for name, each in config.classes.items()
+                if each.deadline_ms is not None
+            },
+        )

@@ -1,0 +1,76 @@
+"""Time limits for the waits of one request, cheap enough to move with every chunk.
+
+`asyncio.timeout` around each read and write would cost two timer operations per chunk. Here moving the limit is an
+assignment: the timer that is armed is left alone while it is early enough, and looks again when it fires.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import TracebackType
+
+
+class Watchdog:
+    """Cancels the task inside its `with` block when a limit passes, and raises that limit's error instead.
+
+    Invariant: the armed timer never fires later than the earlier of the two deadlines.
+    A cancellation from outside is never turned into an error, also when both happen at once.
+    """
+
+    __slots__ = ("_cancelling", "_deadline", "_error", "_expired", "_loop", "_task", "_timer", "_total", "_total_error")
+
+    def __init__(self, total_s: float, total_error: Exception) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._total = self._loop.time() + total_s
+        self._total_error = total_error
+        self._deadline = math.inf
+        self._error = total_error
+        self._expired: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Watchdog:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a Watchdog guards a task")
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._arm(self._total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._expired is not None and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise self._expired from None
+
+    def limit(self, seconds: float, error: Exception) -> None:
+        """From now on the task may take so long until the next `limit`, or it ends with `error`."""
+        self._error = error
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None or self._deadline < self._timer.when():
+            self._arm(min(self._deadline, self._total))
+
+    def now(self) -> float:
+        """The clock that the limits are measured by, in monotonic seconds."""
+        return self._loop.time()
+
+    def lift(self) -> None:
+        """Only the total limit holds."""
+        self._deadline = math.inf
+
+    def _arm(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        due = min(self._deadline, self._total)
+        self._timer = None
+        if self._loop.time() < due:
+            self._arm(due)
+            return
+        self._expired = self._error if self._deadline <= self._total else self._total_error
+        self._task.cancel()

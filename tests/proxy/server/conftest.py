@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import orjson
+import pytest
+
+from proxy.catalog.catalog import Catalog
+from proxy.config import BackendConfig, Config, ModelConfig, Secret
+from proxy.config_secrets import NamedKey
+from proxy.gate.keys import Keys
+from proxy.observe.access_log import AccessLog
+from proxy.observe.metrics import Metrics
+from proxy.providers.openai import OpenAIProvider
+from proxy.server.handler import Handler
+from proxy.server.http import Limits, Server, start
+from proxy.server.state import State
+from tests.fakes import FakeScheduler, FakeUpstream
+
+
+class Proxy:
+    """The server under test on a free port, over a fake upstream (local engine and remote alike) and a fake scheduler."""
+
+    def __init__(self, upstream: FakeUpstream, remote: FakeUpstream, log: Path) -> None:
+        self.upstream = upstream
+        self.remote = remote
+        self.scheduler = FakeScheduler(upstream.base_url)
+        self.metrics = Metrics()
+        self.log_path = log
+        self.providers: list[OpenAIProvider] = []
+        self.handler: Handler
+        self.server: Server
+        self.session: aiohttp.ClientSession
+        self.access_log: AccessLog
+
+    def config(self, **changes: Any) -> Config:
+        config = Config(
+            backends=(
+                BackendConfig(name="engines", kind="simulated"),
+                BackendConfig(name="cloud", kind="openai", base_url=self.remote.base_url + "/v1"),
+            ),
+            models=(
+                ModelConfig(id="demo-chat", backend="engines"),
+                ModelConfig(id="demo-embed", backend="engines", task="embed"),
+                ModelConfig(id="both", backend="engines"),
+                ModelConfig(id="both", backend="cloud", upstream_model="big-one"),
+                ModelConfig(id="far", backend="cloud", upstream_model="far-away"),
+            ),
+        )
+        return msgspec.structs.replace(config, **changes)
+
+    def configure(self, keys: tuple[str, ...] = (), **changes: Any) -> None:
+        config = self.config(**changes)
+        providers = {
+            backend.name: OpenAIProvider(
+                backend,
+                Secret("sk-ours", "literal") if backend.kind == "openai" else None,
+                connect_s=config.timeouts.connect_s,
+            )
+            for backend in config.backends
+        }
+        self.providers += providers.values()
+        named = Keys(NamedKey(f"tenant-{at}", Secret(key, "literal")) for at, key in enumerate(keys))
+        self.state = State.of(config, Catalog(config), named, providers)
+        if hasattr(self, "handler"):
+            self.handler.state = self.state
+
+    async def start(self) -> None:
+        self.configure()
+        self.access_log = AccessLog(str(self.log_path))
+        self.handler = Handler(
+            self.state, self.scheduler, self.metrics, self.access_log, residency=lambda _: "ready"
+        )
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        self.address: tuple[str, int] = listening.getsockname()
+        self.server = await start(self.handler, [listening], Limits(write_stall_s=5.0))
+        listening.close()
+        self.url = "http://%s:%d" % self.address
+        self.session = aiohttp.ClientSession(self.url)
+
+    async def stop(self) -> None:
+        await self.session.close()
+        await self.server.close()
+        for provider in self.providers:
+            await provider.close()
+        await self.access_log.close()
+
+    async def lines(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        await self.access_log._flush()
+        return [orjson.loads(line) for line in self.log_path.read_bytes().splitlines()]
+
+    async def settled(self) -> None:
+        """Return when nothing is in flight any more."""
+        async with asyncio.timeout(2):
+            await self.handler.until_idle()
+
+    async def chat(self, path: str = "/v1/chat/completions", **fields: Any) -> aiohttp.ClientResponse:
+        body = {"model": "demo-chat", "messages": [{"role": "user", "content": "Hi"}], **fields}
+        return await self.session.post(path, json=body)
+
+    async def still_works(self) -> None:
+        """The next request works: nothing leaked, nothing hangs."""
+        from tests.fakes import plain
+
+        self.upstream.behave = plain()
+        self.scheduler.base_url = self.upstream.base_url
+        self.scheduler.refusal = None
+        response = await self.chat()
+        assert response.status == 200, await response.text()
+        assert (await response.json())["choices"][0]["message"]["content"] == "Hello."
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
+    async with FakeUpstream() as upstream, FakeUpstream() as remote:
+        proxy = Proxy(upstream, remote, tmp_path / "access.log")
+        await proxy.start()
+        yield proxy
+        await proxy.stop()
+        assert proxy.scheduler.all_returned_once
