@@ -5,6 +5,7 @@ One list for both, so that a hook never passes what the other refuses. Run with 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,11 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"check: no check named {', '.join(unknown)}; there are {', '.join(CHECKS)}", file=sys.stderr)
         return 2
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}  # cython-lint starts pycodestyle
     failed = []
     for name in names or CHECKS:
         print(f"check: {name}", flush=True)
-        if subprocess.run(CHECKS[name], cwd=ROOT, check=False).returncode:
+        if subprocess.run(CHECKS[name], cwd=ROOT, env=env, check=False).returncode:
             failed.append(name)
     print(f"check: {', '.join(failed)} found something" if failed else "check: all clean", flush=True)
     return 1 if failed else 0

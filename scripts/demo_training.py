@@ -181,7 +181,7 @@ def learn(
             group["lr"] = PEAK_RATE * min(1.0, (step + 1) / 10)
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         last = loss.item()
