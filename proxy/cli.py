@@ -176,3 +176,7 @@ def unload(model: str, admin: str | None, config: str | None) -> None:
     from proxy.cli_admin import change, connect
 
     change(connect(admin, config), model, "unload")
+
+
+if __name__ == "__main__":
+    main(prog_name="vramp")

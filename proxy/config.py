@@ -165,7 +165,7 @@ class BackendConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     kind: Annotated[
         str,
         Key(
-            "What runs there: vllm, command (any program that serves OpenAI's API), simulated, or openai (a URL).",
+            "What runs there; command is any program that serves OpenAI's API, openai any URL that does.",
             choices=KINDS,
             example="simulated",
         ),
@@ -252,7 +252,11 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Key("What the backend calls the model.", absent="send the id", example="example-small-2026"),
     ] = None
     task: Annotated[
-        str, Key("generate (chat, completions) or embed (embeddings, rerank, score).", choices=("generate", "embed"))
+        str,
+        Key(
+            "What it does: generate (chat, completions) or embed (embeddings, rerank, score).",
+            choices=("generate", "embed"),
+        ),
     ] = "generate"
     command: Annotated[
         tuple[str, ...],
@@ -399,9 +403,9 @@ class ObserveConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Logs and metrics."""
 
     access_log: Annotated[str, Key('A JSON line per request: "stdout", "off", or the path of a file.')] = "stdout"
-    log_level: Annotated[str, Key("Least important messages shown.", choices=("debug", "info", "warning", "error"))] = (
-        "info"
-    )
+    log_level: Annotated[
+        str, Key("The least important messages that are shown.", choices=("debug", "info", "warning", "error"))
+    ] = "info"
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

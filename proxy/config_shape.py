@@ -96,7 +96,7 @@ def _field(annotation: Any, value: object, path: str) -> Iterator[Problem]:
     bare, key = unwrap(annotation)
     section = section_of(bare)
     if section is None:
-        says = _value(bare, key, value, _unit(path))
+        says = _value(bare, key, value, unit_of(path))
         if says:
             yield Problem(path, says)
     elif get_origin(bare) is tuple:
@@ -129,7 +129,8 @@ def label(item: object, index: int) -> str:
     return named if isinstance(named, str) else str(index)
 
 
-def _unit(path: str) -> str:
+def unit_of(path: str) -> str:
+    """The unit that a key's name ends in, as a word with a space before it; empty where it has none."""
     if path.endswith("_ms"):
         return " milliseconds"
     return " seconds" if path.endswith("_s") and not path.endswith("_per_s") else ""

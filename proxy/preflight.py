@@ -137,7 +137,8 @@ def _runs_on_host(backend: BackendConfig | None, gpu: int) -> bool:
 def _budget(budget: int, stated: str, host: HostMemory) -> Iterator[Finding]:
     if budget > host.total:
         yield Finding(
-            f'devices.host_memory is "{stated}", and this machine has {format_size(host.total)}; lower it, or leave it out'
+            f'devices.host_memory is "{stated}", and this machine has {format_size(host.total)}; '
+            "lower it, or leave it out"
         )
     elif budget > host.available:
         yield Finding(

@@ -11,12 +11,14 @@ UNITS: Final = {
     "MIB": 1 << 20,
     "GIB": 1 << 30,
     "TIB": 1 << 40,
+    "PIB": 1 << 50,
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
     "TB": 10**12,
+    "PB": 10**15,
 }
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def byte_size(size: int | str) -> int:
@@ -35,7 +37,7 @@ def byte_size(size: int | str) -> int:
 
 def format_size(size: int) -> str:
     """The shortest form that `byte_size` reads back, to a tenth of a unit: "4GiB", "1.5GiB", "300B"."""
-    for name, unit in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for name, unit in (("PiB", 1 << 50), ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(size) >= unit:
             return f"{size / unit:.1f}".removesuffix(".0") + name
     return f"{size}B"

@@ -1,0 +1,77 @@
+"""What a reload changes: two configurations compared, for the line in the log and for `vramp check`'s readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any, Final
+
+import msgspec
+
+from proxy.config import Config
+from proxy.config_shape import label, show
+
+# what the keeper opened before the proxy started, and what a running process cannot move
+RESTART: Final = ("server.listen", "server.admin_listen", "server.workers", "store.dir")
+RESTART_NOTE: Final = "(needs a restart; until then the old value holds)"
+# lists of secrets: literals may stand in them
+SECRET: Final = ("api_key", "api_keys", "admin_keys")
+
+
+def diff(old: Config, new: Config) -> list[str]:
+    """A line for each key that a reload changes, those that need a restart marked; empty if nothing changes."""
+    return list(_diff(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
+
+
+def needs_restart(old: Config, new: Config) -> list[str]:
+    """The keys that differ and take effect only after a restart."""
+    return [key for key in RESTART if attrgetter(key)(old) != attrgetter(key)(new)]
+
+
+def _diff(old: Any, new: Any, path: str) -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _entry(old, new, name, f"{path}.{name}" if path else name)
+    elif _sections(old) and _sections(new) and (old or new):
+        before, after = _named(old), _named(new)
+        for name in dict.fromkeys([*before, *after]):
+            yield from _entry(before, after, name, f"{path}[{name}]")
+        if before == after:
+            yield f"{path}: in another order"
+    else:
+        yield _changed(path, old, new)
+
+
+def _entry(old: Mapping[str, Any], new: Mapping[str, Any], name: str, path: str) -> Iterator[str]:
+    if name not in old:
+        yield f"{path}: added"
+    elif name not in new:
+        yield f"{path}: removed"
+    else:
+        yield from _diff(old[name], new[name], path)
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+
+
+def _named(sections: Any) -> dict[str, Any]:
+    """Sections by name; the second and later ones of a group carry their number."""
+    named: dict[str, Any] = {}
+    for index, section in enumerate(sections):
+        name = label(section, index)
+        named[f"{name}, {index}" if name in named else name] = section
+    return named
+
+
+def _changed(path: str, old: Any, new: Any) -> str:
+    if path.rpartition(".")[2] in SECRET:
+        return f"{path}: changed"
+    note = f" {RESTART_NOTE}" if path in RESTART else ""
+    return f"{path}: {_shown(old)} -> {_shown(new)}{note}"
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else show(value)
