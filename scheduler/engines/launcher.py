@@ -1,4 +1,4 @@
-"""The warm launcher: imports vLLM once, then forks an engine for each one asked for, in seconds instead of half a minute.
+"""The warm launcher: imports vLLM once, then forks each engine asked for, in seconds instead of half a minute.
 
 Of a plain start all but a few seconds are imports of vLLM, in two processes. Here they happen once, and the forks share
 the imported pages. The file is run by its path with the Python of the engine's environment, where vramp may not be
@@ -88,7 +88,7 @@ def prepare() -> None:
     except Exception as error:  # an import may raise anything
         raise Unusable(f"{type(error).__name__}: {error}") from error
     check_fork_is_safe()
-    # What is here now lives as long as any fork: the collectors of the forks need not walk it, and so not copy its pages.
+    # What is here now lives as long as any fork: their collectors need not walk it, and so not copy its pages.
     gc.collect()
     gc.freeze()
 
@@ -233,7 +233,7 @@ def children_die_with_us() -> None:
 
 
 def set_threads() -> None:
-    """Obey OMP_NUM_THREADS of the order: the library read it when it was loaded, with the value that made it safe to fork.
+    """Obey OMP_NUM_THREADS of the order: the library read it when it was loaded, when it had to be 1.
 
     In the forks of the engine only, which do the arithmetic: threads started now would be lost to them.
     """
