@@ -287,7 +287,7 @@ class Keeper:
             launcher.channel.drain()
             launcher.channel.close()
         if launcher.state != "unusable":
-            launcher.state, launcher.reason = "unusable", f"it {_ended(status)}"
+            launcher.state, launcher.reason = "ended", f"it {_ended(status)}"
         launcher.child = launcher.channel = None
         self._tell(launcher.describe())
         if launcher.pending:

@@ -59,7 +59,7 @@ class Exited(msgspec.Struct, frozen=True):
 
 
 class LauncherState(msgspec.Struct, frozen=True):
-    """A warm launcher: `state` is starting, ready or unusable (with the reason)."""
+    """A warm launcher: `state` is starting, ready, ended (it died), or unusable (trying again cannot help)."""
 
     name: str
     state: str

@@ -8,6 +8,7 @@ that somebody else started as `python -m vllm` is none of ours. Standard library
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -53,6 +54,16 @@ def processes() -> list[Process]:
     user = os.geteuid()
     pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _owner(entry) == user)
     return [process for pid in pids if (process := read(pid)) is not None]
+
+
+def sessions() -> dict[int, list[int]]:
+    """Every pid of the machine by its session. Reads no file: some 1 µs for each process."""
+    found: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                found.setdefault(os.getsid(int(entry)), []).append(int(entry))
+    return found
 
 
 def environment(pid: int) -> dict[str, str]:
