@@ -8,10 +8,13 @@ from __future__ import annotations
 import http.client
 import os
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Final, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+
+from proxy.config_secrets import fits_header
 
 T = TypeVar("T")
 TIMEOUT_S: Final = 10.0
@@ -128,13 +131,8 @@ class AdminClient:
 
     def get(self, path: str) -> bytes:
         """The JSON at /admin/api/`path`."""
-        connection, response = self._send("GET", path, TIMEOUT_S)
-        try:
+        with self._answer("GET", path, TIMEOUT_S) as response:
             return response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise AdminError(f"the connection to {self.address} broke ({error}); try again") from None
-        finally:
-            connection.close()
 
     def status(self) -> Status:
         """Devices, models, queues and decisions."""
@@ -142,8 +140,7 @@ class AdminClient:
 
     def change(self, model: str, action: str) -> Iterator[Step]:
         """Loads or unloads a model, step by step. Raises AdminError where it fails, also in the middle."""
-        connection, response = self._send("POST", f"models/{quote(model, safe='')}/{action}", LOAD_TIMEOUT_S)
-        try:
+        with self._answer("POST", f"models/{quote(model, safe='')}/{action}", LOAD_TIMEOUT_S) as response:
             for line in response:
                 step = self._decode(line, Step)
                 if step.error:
@@ -151,36 +148,36 @@ class AdminClient:
                 yield step
                 if step.done:
                     return
-        except (OSError, http.client.HTTPException) as error:
-            raise AdminError(f"the connection to {self.address} broke ({error}); see vramp status") from None
-        finally:
-            connection.close()
         raise AdminError(f"the server ended the {action} of {model} without a result; see vramp status")
 
-    def _send(
-        self, method: str, path: str, timeout_s: float
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    @contextmanager
+    def _answer(self, method: str, path: str, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+        """An answer of status 200, for as long as it is read. Raises AdminError for every other and for none."""
         kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=timeout_s)
+        with (
+            closing(kind(self.host, self.port, timeout=timeout_s)) as connection,
+            # closed by itself: a connection forgets a response that lasts until its end
+            closing(self._response(connection, method, path)) as response,
+        ):
+            if response.status != http.client.OK:
+                raise self._refusal(response)
+            try:
+                yield response
+            except (OSError, http.client.HTTPException) as error:
+                raise AdminError(f"the connection to {self.address} broke ({error}); see vramp status") from None
+
+    def _response(self, connection: http.client.HTTPConnection, method: str, path: str) -> http.client.HTTPResponse:
         try:
             connection.request(method, f"{self._prefix}/admin/api/{path}", headers=self._headers)
-            response = connection.getresponse()
+            return connection.getresponse()
         except OSError as error:
-            connection.close()
             raise self._unreachable(error) from None
         except http.client.HTTPException:
-            connection.close()
             raise AdminError(f"what listens on {self.address} is not a vramp; name its admin_listen") from None
-        if response.status == http.client.OK:
-            return connection, response
-        try:
-            raise self._refusal(response)
-        finally:
-            connection.close()
 
     def _unreachable(self, error: Exception) -> AdminError:
         if isinstance(error, TimeoutError):
-            return AdminError(f"{self.address} does not answer within {TIMEOUT_S:g} s; see the server's log")
+            return AdminError(f"{self.address} does not answer; see the server's log")
         return UnreachableError(
             f"nothing listens on {self.address} ({getattr(error, 'strerror', None) or error}); start it with "
             "`vramp serve`, or name another address with --admin or VRAMP_ADMIN"
@@ -208,4 +205,7 @@ class AdminClient:
 
 def operator_key() -> str | None:
     """The key for the operators' API, from VRAMP_ADMIN_KEY: an option would be seen in the list of processes."""
-    return os.environ.get("VRAMP_ADMIN_KEY", "").strip() or None
+    key = os.environ.get("VRAMP_ADMIN_KEY", "").strip()
+    if not fits_header(key):
+        raise AdminError("VRAMP_ADMIN_KEY has characters that no header can carry; use printable ASCII")
+    return key or None

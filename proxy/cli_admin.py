@@ -90,8 +90,13 @@ def show_models(client: AdminClient, as_json: bool) -> None:
 def change(client: AdminClient, model: str, action: str) -> None:
     """Loads or unloads a model: a bar at a terminal, a line for each change elsewhere."""
     steps = client.change(model, action)
-    last = _bar(model, steps) if sys.stdout.isatty() else _lines(model, steps)
+    last = _bar(model, steps) if at_terminal() else _lines(model, steps)
     click.echo(f"{model}: {last.state or action + ' done'}")
+
+
+def at_terminal() -> bool:
+    """Whether somebody watches: a bar in a log file would be thousands of lines."""
+    return sys.stdout.isatty()
 
 
 def _bar(model: str, steps: Iterable[Step]) -> Step:

@@ -39,6 +39,11 @@ def bad_secret(text: str) -> str | None:
     return None if rest.strip() else f'is "{how}:" with nothing after it; {REMEDY}'
 
 
+def fits_header(key: str) -> bool:
+    """Whether a key can travel in an HTTP header: printable ASCII."""
+    return key.isascii() and key.isprintable()
+
+
 def secrets_of(config: Config, base_dir: Path, source: str = "config") -> ResolvedSecrets:
     """Reads every secret that `config` names; relative paths start at `base_dir`, `source` opens the messages.
 
@@ -66,18 +71,27 @@ class _Reader:
 
     def keys(self, path: str, texts: tuple[str, ...]) -> Iterator[NamedKey]:
         for index, text in enumerate(texts):
-            yield from self._read(f"{path}[{index}]", text)
+            yield from self._sound(f"{path}[{index}]", text)
 
     def backend_keys(self, config: Config) -> Iterator[tuple[str, Secret]]:
         for backend in config.backends:
             if backend.api_key is None:
                 continue
             path = f"backends[{backend.name}].api_key"
-            found = self._read(path, backend.api_key)
+            found = self._sound(path, backend.api_key)
             if len(found) > 1:
                 self._problem(path, f"is {backend.api_key}, which has {len(found)} keys; keep one line in it")
             elif found:
                 yield backend.name, found[0].secret
+
+    def _sound(self, path: str, text: str) -> list[NamedKey]:
+        found = self._read(path, text)
+        for key in found:
+            if not fits_header(key.secret.reveal()):
+                self._problem(
+                    path, f"({key.secret.source}) has characters that no header can carry; use printable ASCII"
+                )
+        return found
 
     def _read(self, path: str, text: str) -> list[NamedKey]:
         how, _, rest = text.partition(":")

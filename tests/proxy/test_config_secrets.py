@@ -93,6 +93,13 @@ def test_every_secret_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+@pytest.mark.parametrize("key", ["sk-\u00fc", "sk-\x00", "sk\t1"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str, tmp_path: Path) -> None:
+    assert problems_of(config(f"literal:{key}"), tmp_path) == [
+        "x.toml: server.api_keys[0] (literal) has characters that no header can carry; use printable ASCII"
+    ]
+
+
 def test_a_secret_cannot_be_shown() -> None:
     secret = Secret("sk-hidden", "env:KEY")
     assert "sk-hidden" not in f"{secret} {secret!r} {[secret]}"
