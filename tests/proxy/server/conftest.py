@@ -21,11 +21,11 @@ from proxy.providers.openai import OpenAIProvider
 from proxy.server.handler import Handler
 from proxy.server.http import Limits, Server, start
 from proxy.server.state import State
-from tests.fakes import FakeScheduler, FakeUpstream
+from tests.fakes import FakeScheduler, FakeUpstream, plain
 
 
 class Proxy:
-    """The server under test on a free port, over a fake upstream (local engine and remote alike) and a fake scheduler."""
+    """The server under test on a free port, over fake upstreams (engine and remote) and a fake scheduler."""
 
     def __init__(self, upstream: FakeUpstream, remote: FakeUpstream, log: Path) -> None:
         self.upstream = upstream
@@ -82,7 +82,7 @@ class Proxy:
         self.address: tuple[str, int] = listening.getsockname()
         self.server = await start(self.handler, [listening], Limits(write_stall_s=5.0))
         listening.close()
-        self.url = "http://%s:%d" % self.address
+        self.url = "http://{}:{}".format(*self.address)
         self.session = aiohttp.ClientSession(self.url)
 
     async def stop(self) -> None:
@@ -106,10 +106,22 @@ class Proxy:
         body = {"model": "demo-chat", "messages": [{"role": "user", "content": "Hi"}], **fields}
         return await self.session.post(path, json=body)
 
+    async def raw(self, data: bytes, *, end: bool = False) -> tuple[int, bytes]:
+        """Send these bytes and read one whole answer, as long as the server keeps or ends the connection."""
+        reader, writer = await asyncio.open_connection(*self.address)
+        writer.write(data)
+        if end:
+            writer.write_eof()
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length:")
+        )
+        body = await reader.readexactly(length)
+        writer.close()
+        return int(head.split()[1]), body
+
     async def still_works(self) -> None:
         """The next request works: nothing leaked, nothing hangs."""
-        from tests.fakes import plain
-
         self.upstream.behave = plain()
         self.scheduler.base_url = self.upstream.base_url
         self.scheduler.refusal = None

@@ -1,0 +1,167 @@
+"""A client that leaves, or takes nothing, ends its own request everywhere: here, in the queue, upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from proxy.config import TimeoutsConfig
+from tests.fakes import chunk, hang, stream
+from tests.proxy.server.conftest import Proxy
+
+BODY = b'{"model":"demo-chat","stream":%s,"messages":[{"role":"user","content":"Hi"}]}'
+
+
+async def connect(proxy: Proxy, *, streaming: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*proxy.address)
+    body = BODY % (b"true" if streaming else b"false")
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(body) + body
+    )
+    return reader, writer
+
+
+async def forever(request: web.BaseRequest) -> None:
+    await hang(request)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_leaving_before_the_first_byte_cancels_upstream(proxy: Proxy, streaming: bool) -> None:
+    proxy.upstream.behave = hang
+    _, writer = await connect(proxy, streaming=streaming)
+    await proxy.upstream.arrived.wait()
+    writer.close()
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await proxy.settled()
+    assert proxy.scheduler.all_returned_once
+    line = (await proxy.lines())[-1]
+    assert (line["status"], line["error"]) == (499, "client_left")
+    await proxy.still_works()
+
+
+async def test_leaving_in_mid_stream_cancels_upstream(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    reader, writer = await connect(proxy, streaming=True)
+    await reader.readuntil(b"Hel")
+    writer.close()
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await proxy.settled()
+    assert proxy.scheduler.all_returned_once
+    assert (await proxy.lines())[-1]["status"] == 499
+    await proxy.still_works()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_leaving_while_waiting_withdraws_the_ticket(proxy: Proxy, streaming: bool) -> None:
+    proxy.scheduler.base_url = None
+    _, writer = await connect(proxy, streaming=streaming)
+    await proxy.scheduler.submitted.wait()
+    writer.close()
+    await proxy.settled()
+    assert proxy.scheduler.all_returned_once
+    assert proxy.upstream.requests == []
+    await proxy.still_works()
+
+
+async def test_leaving_a_remote_call_cancels_it_too(proxy: Proxy) -> None:
+    proxy.remote.behave = hang
+    with pytest.raises(asyncio.TimeoutError):
+        await proxy.session.post(
+            "/v1/chat/completions",
+            json={"model": "far", "messages": []},
+            timeout=aiohttp.ClientTimeout(total=0.05),
+        )
+    await asyncio.wait_for(proxy.remote.aborted.wait(), 1)
+    await proxy.settled()
+    await proxy.still_works()
+
+
+async def test_an_upload_cut_short_leaves_nothing_behind(proxy: Proxy) -> None:
+    _, writer = await asyncio.open_connection(*proxy.address)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 100\r\n\r\nhalf"
+    )
+    await writer.drain()
+    while not proxy.handler.in_flight:
+        await asyncio.sleep(0)
+    writer.close()
+    await proxy.settled()
+    await proxy.still_works()
+
+
+class Flood:
+    """An upstream that sends for ever and counts what was taken from it."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.last_progress = 0.0
+
+    async def __call__(self, request: web.BaseRequest, _: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        event = chunk("x" * 16_000)
+        while True:
+            await response.write(event)
+            self.sent += len(event)
+            self.last_progress = asyncio.get_running_loop().time()
+
+
+def small_buffers(proxy: Proxy) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    return client
+
+
+async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(proxy: Proxy) -> None:
+    proxy.configure(timeouts=TimeoutsConfig(write_stall_s=0.2))
+    flood = Flood()
+    proxy.upstream.behave = flood
+    with small_buffers(proxy) as client:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, proxy.address)
+        body = BODY % b"true"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await asyncio.wait_for(proxy.upstream.aborted.wait(), 3)
+        await proxy.settled()
+    line = (await proxy.lines())[-1]
+    assert (line["status"], line["error"]) == (499, "client_stalled")
+    # Two loopback socket pairs (send buffers grow to some MB) and ours; an unbounded buffer would hold gigabytes by then.
+    assert flood.sent < 32 << 20
+    proxy.configure()
+    await proxy.still_works()
+
+
+async def test_a_slow_client_slows_only_its_own_stream(proxy: Proxy) -> None:
+    flood = Flood()
+    proxy.upstream.behave = flood
+    with small_buffers(proxy) as client:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, proxy.address)
+        body = BODY % b"true"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await proxy.upstream.arrived.wait()
+        await until_still(flood)
+        stalled_at = flood.sent
+        await proxy.still_works()  # another client is served at full speed meanwhile
+        assert flood.sent == stalled_at
+        taken = 0
+        while flood.sent == stalled_at:  # taking some lets some more come
+            taken += len(await loop.sock_recv(client, 1 << 20))
+        assert taken < 16 << 20
+    await proxy.settled()
+
+
+async def until_still(flood: Flood) -> None:
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(4):
+        while not flood.sent or loop.time() - flood.last_progress < 0.15:
+            await asyncio.sleep(0.02)
