@@ -1,0 +1,338 @@
+"""The proxy process, and the one place that joins the objects: `python -m proxy.app`, started by the keeper.
+
+It inherits its listening sockets, takes over the engines that live, serves until it is told to stop, and drains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import msgspec
+import uvloop
+from aiohttp import web
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from ext.backend import BACKEND
+from proxy import __version__
+from proxy.admin.api import Admin
+from proxy.admin.status import status
+from proxy.assembly import Local, devices_of, locals_of, settings_of
+from proxy.catalog.catalog import Catalog, Deployment
+from proxy.cli_serve import banner
+from proxy.config import Config, ConfigError
+from proxy.config_diff import diff
+from proxy.config_load import Loaded, Start, load_start
+from proxy.config_secrets import ResolvedSecrets, secrets_of
+from proxy.gate.keys import Keys
+from proxy.observe.access_log import AccessLog
+from proxy.observe.engine_metrics import EngineScraper
+from proxy.observe.metrics import Metrics
+from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
+from proxy.providers.base import Provider
+from proxy.providers.openai import OpenAIProvider
+from proxy.server import http
+from proxy.server.handler import Handler
+from proxy.server.state import State
+from proxy.sizes import byte_size
+from scheduler.core import Core
+from scheduler.driver import Scheduler
+from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
+from scheduler.engines.supervisor import Supervisor
+from scheduler.events import ConfigChanged, LoadAsked
+
+log = logging.getLogger("vramp")
+
+REFUSED = 2  # the keeper does not start us again: this configuration cannot be served
+
+
+class App:
+    """A serving proxy. `run` returns when it was asked to stop and has drained."""
+
+    def __init__(self, start: Start, loaded: Loaded, secrets: ResolvedSecrets, link: KeeperLink) -> None:
+        self._start = start
+        self._config = loaded.config
+        self._source = loaded.source
+        self._secrets = secrets
+        self._link = link
+        self._began_s = time.monotonic()
+        self._stop = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._old_providers: set[asyncio.Task[None]] = set()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        )
+        self._supervisor = Supervisor(link, self._session, os.path.join(self._config.store.dir, "logs"))
+        self._devices = devices_of(self._config)
+        self._catalog = Catalog(self._config)
+        self._locals = locals_of(self._config, self._catalog, self._devices)
+        self._metrics = Metrics()
+        self._scheduler_metrics = SchedulerMetrics(self._metrics.registry)
+        self._access_log = AccessLog(self._config.observe.access_log)
+        self._providers = self._providers_of(self._config, secrets)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, then drain."""
+        listeners = inherited_listeners()
+        adoptable = await self._supervisor.adopt()
+        core = Core(
+            [device.spec for device in self._devices],
+            [local.spec for local in self._locals],
+            settings_of(self._config),
+            engines_before=max((_number(handle.engine_id) for handle in adoptable), default=0),
+        )
+        self._scheduler = Scheduler(
+            core,
+            self._devices,
+            self._supervisor,
+            {local.spec.name: local.launch for local in self._locals},
+            measure_interval_s=self._config.devices.measure_interval_s,
+            observe=self._scheduler_metrics.observe,
+        )
+        self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
+        self._metrics.registry.register(SchedulerGauges(lambda: core))
+        await self._take_over(adoptable)
+        self._handler = Handler(
+            self._state(), self._scheduler, self._metrics, self._access_log, residency=self._residency
+        )
+        server = await http.start(self._handler, listeners.get("http", []), self._limits())
+        runner = await self._admin(listeners.get("admin", []))
+        measuring = asyncio.create_task(self._scheduler.run())
+        self._announce()
+        try:
+            await self._until_stopped()
+            log.info("draining: %d requests in flight", self._handler.in_flight)
+            if not await server.drain(self._config.server.drain_s):
+                log.warning("%d requests were cut off after %g s", self._handler.in_flight, self._config.server.drain_s)
+        finally:
+            measuring.cancel()
+            await asyncio.gather(measuring, return_exceptions=True)
+            await server.close()
+            await runner.cleanup()
+            await self._close()
+
+    # ------------------------------------------------------------------ joints
+
+    def _providers_of(self, config: Config, secrets: ResolvedSecrets) -> dict[str, Provider]:
+        return {
+            backend.name: OpenAIProvider(
+                backend, secrets.backend_keys.get(backend.name), connect_s=config.timeouts.connect_s
+            )
+            for backend in config.backends
+        }
+
+    def _state(self) -> State:
+        return State.of(self._config, self._catalog, Keys(self._secrets.api_keys), self._providers)
+
+    def _limits(self) -> http.Limits:
+        return http.Limits(
+            max_header=byte_size(self._config.limits.max_header), write_stall_s=self._config.timeouts.write_stall_s
+        )
+
+    async def _admin(self, sockets: Sequence[Any]) -> web.AppRunner:
+        admin = Admin(
+            self._scheduler,
+            status=self._status,
+            models=lambda: [self._profile(deployment) for deployment in self._catalog],
+            metrics=self._expose,
+            ready=lambda: self._handler.ready,
+            keys=lambda: tuple(key.secret.reveal() for key in self._secrets.admin_keys),
+        )
+        runner = web.AppRunner(admin.app(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        for sock in sockets:
+            await web.SockSite(runner, sock.dup()).start()
+        return runner
+
+    async def _take_over(self, adoptable: Sequence[Any]) -> None:
+        """Engines that outlived an earlier proxy and still answer go on; the others are stopped."""
+        launches = {local.spec.name: local.launch for local in self._locals}
+        for handle in adoptable:
+            launch = launches.get(handle.model)
+            alive = launch is not None and await self._answers(launch.kind, handle.base_url)
+            if alive:
+                log.info("took over %s", handle.engine_id)
+                self._scheduler.adopt(
+                    handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision
+                )
+            else:
+                await self._supervisor.stop(handle.engine_id, 5.0)
+
+    async def _answers(self, kind: Any, base_url: str) -> bool:
+        try:
+            async with asyncio.timeout(10):
+                return bool(await kind.probe(self._session, base_url))
+        except Exception:  # whatever is wrong with it, it is not an engine we can use
+            return False
+
+    def _announce(self) -> None:
+        for local in self._locals:
+            if local.spec.pinned:
+                self._scheduler.dispatch(LoadAsked(local.spec.name))
+        self._warm_up()
+        self._link.ready()
+        server = self._config.server
+        urls = (f"http://{server.listen}", f"http://{server.admin_listen}")
+        print(banner(self._config, urls), flush=True)
+
+    async def _warm_up(self) -> None:
+        """Start the launchers now, so that the first request finds them warm."""
+        for local in self._locals:
+            await self._supervisor.warm_up(local.launch.kind)
+
+    async def _close(self) -> None:
+        await self._access_log.close()
+        for provider in self._providers.values():
+            await provider.close()
+        for task in self._old_providers:
+            task.cancel()
+        await self._session.close()
+        self._link.close()
+
+    # ----------------------------------------------------------------- signals
+
+    def on_signals(self) -> None:
+        """SIGTERM and SIGINT drain; SIGHUP reloads."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+
+    async def _until_stopped(self) -> None:
+        while not self._stop.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._reload)]
+            _, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for task in rest:
+                task.cancel()
+            if self._reload.is_set() and not self._stop.is_set():
+                self._reload.clear()
+                self.reload()
+
+    def reload(self) -> None:
+        """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
+        self._access_log.reopen()
+        try:
+            loaded = load_start(self._start)
+            secrets = secrets_of(loaded.config, loaded.base_dir, loaded.source)
+            catalog = Catalog(loaded.config)
+            found: list[Local] = locals_of(loaded.config, catalog, self._devices)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("not reloaded: %s", problem)
+            return
+        for line in diff(self._config, loaded.config):
+            log.info("reload: %s", line)
+        old = self._providers
+        self._config, self._secrets, self._catalog, self._locals = loaded.config, secrets, catalog, found
+        self._providers = self._providers_of(loaded.config, secrets)
+        self._handler.state = self._state()
+        specs = tuple(local.spec for local in found)
+        self._scheduler.reload(
+            ConfigChanged(specs, settings_of(loaded.config)), {local.spec.name: local.launch for local in found}
+        )
+        self._warm_up()
+        self._retire(old)
+
+    def _retire(self, providers: dict[str, Provider]) -> None:
+        """Close the old pools once nothing that uses them can be in flight any more."""
+
+        async def later() -> None:
+            await asyncio.sleep(self._config.timeouts.total_s)
+            for provider in providers.values():
+                await provider.close()
+
+        task = asyncio.create_task(later())
+        self._old_providers.add(task)
+        task.add_done_callback(self._old_providers.discard)
+
+    # ----------------------------------------------------------------- answers
+
+    def _status(self) -> dict[str, Any]:
+        about = {"version": __version__, "backend": BACKEND, "config": self._source, "pid": os.getpid()}
+        return status(
+            self._scheduler,
+            self._config,
+            uptime_s=time.monotonic() - self._began_s,
+            now=asyncio.get_running_loop().time(),
+            about=about,
+        )
+
+    def _profile(self, deployment: Deployment) -> dict[str, Any]:
+        profile: dict[str, Any] = msgspec.to_builtins(deployment.model)
+        return {**profile, "where": deployment.where, "state": self._residency(deployment)}
+
+    def _residency(self, deployment: Deployment) -> str:
+        if not deployment.local:
+            return "remote"
+        model = self._scheduler.core.models.get(deployment.name)
+        return model.state.value if model is not None else "cold"
+
+    async def _expose(self) -> tuple[bytes, str]:
+        own = generate_latest(self._metrics.registry)
+        return own + await self._scraper.text(), CONTENT_TYPE_LATEST
+
+
+def _number(engine_id: str) -> int:
+    tail = engine_id.rpartition("#")[2]
+    return int(tail) if tail.isdigit() else 0
+
+
+def parse(argv: Sequence[str]) -> Start:
+    """The options that `vramp serve` passes on."""
+    parser = argparse.ArgumentParser(prog="python -m proxy.app")
+    parser.add_argument("--config")
+    parser.add_argument("--model", action="append", default=[])
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--listen")
+    parser.add_argument("--admin-listen")
+    options = parser.parse_args(argv)
+    return Start(
+        config=options.config,
+        models=tuple(options.model),
+        engine=options.engine,
+        listen=options.listen,
+        admin_listen=options.admin_listen,
+    )
+
+
+async def serve(start: Start) -> int:
+    """Everything from the configuration to the last request."""
+    try:
+        loaded = load_start(start)
+        logging.basicConfig(
+            level=loaded.config.observe.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        app = App(start, loaded, secrets_of(loaded.config, loaded.base_dir, loaded.source), KeeperLink.from_environment())
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return REFUSED
+    app.on_signals()
+    await app.run()
+    return 0
+
+
+def main() -> int:
+    """Run on uvloop."""
+    with contextlib.suppress(ImportError):
+        import aiohttp._http_parser  # noqa: F401, PLC0415 - the slow parser would work, but nobody should measure it
+    gc.freeze()  # what was imported lives as long as we do: the collector need not look at it again
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(parse(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
