@@ -45,6 +45,10 @@ class EngineKind(Protocol):
         """Reads one log line of a start."""
         ...
 
+    def explain(self, log_tail: Sequence[str]) -> str | None:
+        """Why a start failed, with a remedy, from its last log lines; None when they do not tell."""
+        ...
+
     async def probe(self, session: aiohttp.ClientSession, base_url: str) -> bool:
         """One real request (one token, one embedding). True: ready. False: not yet.
 

@@ -60,6 +60,10 @@ class CommandKind:
             return None
         return Progress(min(int(found[1]), 100) / 100, line.strip()[:NOTE_LIMIT])
 
+    def explain(self, log_tail: Sequence[str]) -> str | None:
+        """The program's last words: a program that we do not know explains itself best."""
+        return log_tail[-1].strip()[:NOTE_LIMIT] if log_tail else None
+
     async def probe(self, session: aiohttp.ClientSession, base_url: str) -> bool:
         """One token, or one embedding; see `probe_openai`."""
         return await probe_openai(session, base_url, self._upstream_model, self.task)

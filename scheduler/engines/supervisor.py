@@ -30,6 +30,7 @@ PROBE_LIMIT_S = 60.0
 LAUNCHER_WAIT_S = 60.0
 LAUNCHER_STARTS = 3
 TAIL_LINES = 40
+EXPLAIN_LINES = 400  # the cause of a failed start stands above its traceback
 PIDS_AGE_S = 1.0
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
@@ -217,7 +218,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if gone in done:
-            raise EngineExit(self._why(engine), self._tail(engine))
+            raise EngineExit(self._explained(engine, kind), self._tail(engine))
         for task in done:
             task.result()
         engine.ready = True
@@ -287,6 +288,10 @@ class Supervisor:
         if status < 0:
             return f"killed by {signal.Signals(-status).name}"
         return f"ended with exit status {status}"
+
+    def _explained(self, engine: _Engine, kind: EngineKind) -> str:
+        explanation = kind.explain(logs.tail(engine.log_path, EXPLAIN_LINES)) if engine.ending is None else None
+        return f"{self._why(engine)}: {explanation}" if explanation else self._why(engine)
 
     def _tail(self, engine: _Engine) -> list[str]:
         return logs.tail(engine.log_path, TAIL_LINES)
