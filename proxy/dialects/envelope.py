@@ -7,6 +7,7 @@ before they try again on their own.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import orjson
@@ -71,7 +72,7 @@ def retry_headers(error: CallError) -> dict[str, str]:
 class _OpenAIError(msgspec.Struct):
     message: str
     type: str | None = None
-    param: msgspec.Raw | None = None
+    param: Any = None
     code: str | int | None = None
 
 
@@ -92,9 +93,9 @@ class _AnthropicEnvelope(msgspec.Struct):
 class _LooseBody(msgspec.Struct):
     """What servers that follow no dialect put into an error body: FastAPI's `detail`, a bare `error` or `message`."""
 
-    detail: msgspec.Raw | None = None
-    error: msgspec.Raw | None = None
-    message: msgspec.Raw | None = None
+    detail: Any = None
+    error: Any = None
+    message: Any = None
 
 
 _openai = msgspec.json.Decoder(_OpenAIEnvelope)
@@ -128,16 +129,15 @@ def read_foreign(dialect: Dialect, body: bytes) -> Foreign:
 def _loose_message(body: bytes) -> str | None:
     try:
         loose = _loose.decode(body)
-        for raw in (loose.detail, loose.error, loose.message):
-            if raw is not None:
-                return _words(raw)
+        for value in (loose.detail, loose.error, loose.message):
+            if value is not None:
+                return _words(value)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     return None
 
 
-def _words(raw: msgspec.Raw) -> str:
-    value = msgspec.json.decode(raw)
+def _words(value: Any) -> str:
     if isinstance(value, dict) and isinstance(value.get("message"), str):
         return str(value["message"])
     return value if isinstance(value, str) else orjson.dumps(value).decode()[:500]

@@ -31,6 +31,7 @@ from scheduler.model import RefusalCode, Ticket
 
 FIRST_COMMENT_S = 1.0
 COMMENT_EVERY_S = 3.0
+UNREACHABLE_RETRY_S = 1.0  # an engine that died is noticed and replaced by then; a remote's hiccup may be over
 OUTPUT_TOKENS = 512  # reserved where a request sets no limit: a guess that decides packing, never a refusal
 FAILOVER_STATUSES = frozenset({429, 502, 503, 504})
 FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta", "openai-beta")
@@ -188,13 +189,14 @@ class Journey:
                 if 200 <= upstream.status < 300:
                     await relay.carry(upstream, asked_s)
                     return
-                error = await relay.refusal(upstream, where=deployment.where, local=deployment.local)
+                refused = await relay.refusal(upstream, where=deployment.where, local=deployment.local)
                 status = upstream.status
         except Unreachable as problem:
-            raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' cannot be reached: {problem}.")) from problem
+            error = Unavailable(f"Model '{call.model}' cannot be reached: {problem}.", retry_after_s=UNREACHABLE_RETRY_S)
+            raise AttemptFailed(error) from problem
         except Broken as problem:
             raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' broke off: {problem}.")) from problem
-        raise AttemptFailed(error) if status in FAILOVER_STATUSES else error
+        raise AttemptFailed(refused) if status in FAILOVER_STATUSES else refused
 
     def _body_for(self, call: Call, upstream_model: str | None) -> bytes:
         changes: dict[str, bytes] = {}
