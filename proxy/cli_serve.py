@@ -16,15 +16,23 @@ from proxy.config import Config, ConfigError, ModelConfig
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import secrets_of
 from proxy.preflight import preflight
+from scheduler.engines.reaper import reap
 
 # more than any of our limits lets us open; above it, programs that close every possible descriptor get slow
 DESCRIPTORS: Final = 65_536
+# the proxy ends its requests by itself after drain_s; the keeper steps in only when it does not
+DRAIN_GRACE_S: Final = 10.0
 
 
 def serve(start: Start) -> NoReturn:
     """Checks everything, then becomes the keeper. Exits with 1 and a line for each reason if it must not start."""
     loaded = _load(start)
     raise_descriptor_limit()
+    # what a killed keeper left would hold the port and the memory that preflight looks for
+    left = reap(loaded.config.store.dir)
+    if left:
+        named = ", ".join(f"{process.pid} ({process.command[:60]})" for process in left)
+        _say(f"ended what an earlier vramp left when it was killed: {named}", fatal=False)
     findings = preflight(loaded.config)
     for finding in findings:
         _say(finding.says, fatal=finding.fatal)
@@ -47,7 +55,7 @@ def keeper_argv(start: Start, config: Config) -> list[str]:
     """The keeper's command line; after "--" the proxy's, which reads the same configuration again."""
     keeper = [sys.executable, "-m", "scheduler.engines.keeper"]
     keeper += ["--listen", config.server.listen, "--admin-listen", config.server.admin_listen]
-    keeper += ["--state-dir", config.store.dir]
+    keeper += ["--state-dir", config.store.dir, "--drain-limit", str(config.server.drain_s + DRAIN_GRACE_S)]
     proxy = [sys.executable, "-m", "proxy.app", "--engine", start.engine]
     for option, value in (("config", start.config), ("listen", start.listen), ("admin-listen", start.admin_listen)):
         proxy += [f"--{option}", value] if value is not None else []

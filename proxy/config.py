@@ -261,8 +261,9 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     command: Annotated[
         tuple[str, ...],
         Key(
-            "The command line of the engine, for kind command; ${PORT} stands for the loopback port it must serve.",
-            example=["llama-server", "--port", "${PORT}", "--model", "/srv/models/example-small.gguf"],
+            "The command line of the engine, for kind command. ${PORT} stands for the loopback port it must serve, "
+            "${MODEL_PATH} for path.",
+            example=["llama-server", "--port", "${PORT}", "--model", "${MODEL_PATH}"],
         ),
     ] = ()
     args: Annotated[

@@ -94,6 +94,8 @@ def _model(model: ModelConfig, backends: dict[str, BackendConfig], devices: Devi
         yield from _folder(at, model)
     if backend.kind == "command" and not model.command:
         yield Problem(f"{at}.command", 'is missing; kind command needs it, e.g. ["llama-server", "--port", "${PORT}"]')
+    if model.path is None and any("${MODEL_PATH}" in part for part in (*model.command, *model.env.values())):
+        yield Problem(f"{at}.path", "is missing; ${MODEL_PATH} in command or env stands for it")
     if backend.kind in ("command", "simulated") and model.memory_bytes is None:
         yield Problem(f"{at}.memory_bytes", f'is missing; kind {backend.kind} needs it, e.g. "6GiB"')
     if backend.kind != "command" and model.command:

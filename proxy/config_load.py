@@ -22,6 +22,7 @@ from proxy.config_check import meaning_problems
 from proxy.config_shape import Problem, shape_problems
 
 DEMO: Final = "configs/demo.toml"
+NO_DEMO: Final = "that was the demo; `make models` makes what it needs, --model PATH or --config FILE serve your own"
 SIMULATED_DEVICE: Final = {"name": "sim0", "memory": "8GiB"}
 SIMULATED_MODEL_MEMORY: Final = "1GiB"
 _AT: Final = re.compile(r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)")
@@ -83,7 +84,11 @@ def load_start(start: Start) -> Loaded:
         data = _serving(start.models)
         return Loaded(_build(data, "--model", overrides, Path.cwd(), start.engine), "--model", Path.cwd())
     path = Path(start.config) if start.config is not None else demo_path()
-    return Loaded(load(path, overrides, engine=start.engine), str(path), path.resolve().parent)
+    try:
+        config = load(path, overrides, engine=start.engine)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *([] if start.config is not None else [NO_DEMO])]) from None
+    return Loaded(config, str(path), path.resolve().parent)
 
 
 def demo_path() -> Path:

@@ -21,8 +21,10 @@ from proxy import __version__, cli_serve
 from proxy.admin_client import AdminClient
 from proxy.cli import main
 from proxy.cli_admin import watch_status
+from proxy.config import Config
 from proxy.config_load import Start, load_text
 from proxy.preflight import Finding
+from scheduler.engines.reaper import Reaped
 
 GIB = 1 << 30
 STATUS = {
@@ -375,6 +377,7 @@ def test_serve_becomes_the_keeper_with_the_proxy_behind_it(config: Path, execv: 
         [
             sys.executable, "-m", "scheduler.engines.keeper",
             "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--state-dir", str(config.parent / "state"),
+            "--drain-limit", "40.0",
             "--", sys.executable, "-m", "proxy.app",
             "--engine", "simulated", "--config", str(config), "--admin-listen", "127.0.0.1:0",
         ]
@@ -395,6 +398,30 @@ def test_serve_does_not_start_with_a_fatal_finding(
     assert result.exit_code == 1
     assert result.stderr == "error: port 1 is taken by x; stop that\nwarning: few files; raise it\n"
     assert execv == []
+
+
+def test_serve_ends_what_a_killed_keeper_left_before_it_looks_at_ports(
+    config: Path, execv: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    def reap(state_dir: str) -> list[Reaped]:
+        did.append(state_dir)
+        return [Reaped(4711, "python -m vllm")]
+
+    monkeypatch.setattr(cli_serve, "reap", reap)
+
+    def preflight(_config: Config) -> list[Finding]:
+        did.append("preflight")
+        return []
+
+    monkeypatch.setattr(cli_serve, "preflight", preflight)
+    result = CliRunner().invoke(main, ["serve", "--config", str(config)])
+    assert did == [str(config.parent / "state"), "preflight"]
+    assert result.stderr.startswith(
+        "warning: ended what an earlier vramp left when it was killed: 4711 (python -m vllm)\n"
+    )
+    assert len(execv) == 1
 
 
 def test_serve_refuses_a_public_address_without_keys(config: Path, execv: list[list[str]]) -> None:

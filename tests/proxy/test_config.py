@@ -148,6 +148,8 @@ def test_a_key_that_the_structs_do_not_allow_is_refused_with_its_remedy(text: st
          'models[a].command is missing; kind command needs it, e.g. ["llama-server", "--port", "${PORT}"]'),
         ("[[backends]]\nname='c'\nkind='command'\n[[models]]\nid='a'\nbackend='c'\ncommand=['x']",
          'models[a].memory_bytes is missing; kind command needs it, e.g. "6GiB"'),
+        (CHAT.replace('simulated"', 'command"') + "command=['x', '${MODEL_PATH}']",
+         "models[demo-chat].path is missing; ${MODEL_PATH} in command or env stands for it"),
         (LOCAL + "[[models]]\nid='a'\nbackend='local'",
          'models[a].memory_bytes is missing; kind simulated needs it, e.g. "6GiB"'),
         (CHAT + "command = ['x']",
@@ -333,6 +335,28 @@ def test_without_a_file_or_folders_the_demo_is_served(monkeypatch: pytest.Monkey
     monkeypatch.setattr("proxy.config_load.demo_path", lambda: demo)
     loaded = load_start(Start())
     assert (loaded.source, loaded.base_dir, loaded.config.models[0].id) == (str(demo), tmp_path, "demo-chat")
+
+
+def test_a_demo_without_its_models_says_how_to_make_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    demo = tmp_path / "demo.toml"
+    demo.write_text("[[backends]]\nname='v'\nkind='vllm'\n[[models]]\nid='a'\nbackend='v'\npath='m'")
+    monkeypatch.setattr("proxy.config_load.demo_path", lambda: demo)
+    with pytest.raises(ConfigError) as caught:
+        load_start(Start())
+    assert caught.value.problems == [
+        f'{demo}: models[a].path is "{tmp_path}/m", which is no folder; put the model there, or name another',
+        "that was the demo; `make models` makes what it needs, --model PATH or --config FILE serve your own",
+    ]
+    assert load_start(Start(engine="simulated")).config.backends[0].kind == "simulated"
+
+
+def test_where_there_is_no_demo_the_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.config_load.DEMO", "configs/no-such-demo.toml")
+    with pytest.raises(ConfigError) as caught:
+        load_start(Start())
+    assert caught.value.problems == [
+        "nothing to serve: name a model's folder with --model PATH, or a file with --config FILE"
+    ]
 
 
 def test_a_file_and_folders_exclude_each_other() -> None:
