@@ -24,7 +24,9 @@ class Device(Protocol):
     """Memory that engines share. `measure` may take milliseconds: the driver calls it in a thread."""
 
     @property
-    def spec(self) -> DeviceSpec: ...
+    def spec(self) -> DeviceSpec:
+        """What the ledger is opened with."""
+        ...
 
     def measure(self, engines: Mapping[str, Sequence[int]], overhead: Sequence[int]) -> Reading:
         """Read the device. `engines` maps engine ids to the pids of their process groups, `overhead` lists

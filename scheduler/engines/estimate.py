@@ -11,72 +11,50 @@ Not modelled: sliding windows, recurrent layers and a quantised cache, which all
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-DEFAULT_SEQUENCE_TOKENS = 1024
-KV_CACHE_LEAST = 64 * MIB
-HEADER_LIMIT = 100 * MIB  # the format's own
 FLOAT_BYTES = 2  # vLLM computes in 16 bits unless told otherwise, models stored in 32 included
+BLOCK_TOKENS = 128  # the KV cache is handed out in blocks: 128 tokens on the CPU, less, and a divisor of it, on GPUs
+SEQUENCE_TOKENS = 1024
+KV_CACHE_LEAST = 64 * MIB
+HEADER_LIMIT = 100 * MIB  # the safetensors format's own
 
-
-class Runtime(Enum):
-    """What the processes take without a model: bytes, tokens of a step, tokens of a KV block.
-
-    On the CPU measured with vLLM 0.32 (both processes' USS less weights and cache, and a tenth on top): a fork shares
-    its imports with the launcher, a plain start does not. The GPU's is what a CUDA context, CUDA graphs and the
-    allocator's slack take on current cards; it has not been measured by us.
-    """
-
-    CPU_WARM = (290 * MIB, 2048, 128)
-    CPU_PLAIN = (960 * MIB, 2048, 128)
-    GPU = (2048 * MIB, 8192, 16)
-
-    @property
-    def overhead_bytes(self) -> int:
-        """Bytes without a model."""
-        return self.value[0]
-
-    @property
-    def step_tokens(self) -> int:
-        """The most tokens that one step computes."""
-        return self.value[1]
-
-    @property
-    def block_tokens(self) -> int:
-        """The KV cache is handed out in blocks of so many tokens."""
-        return self.value[2]
+# What the processes take without a model. On the CPU measured with vLLM 0.32 (USS of both less weights and cache, and
+# a tenth on top): a fork shares its imports with the launcher, a plain start does not. The GPU's is what a CUDA
+# context, CUDA graphs and the allocator's slack take on current cards; it has not been measured by us.
+OVERHEAD_WARM_CPU, OVERHEAD_PLAIN_CPU, OVERHEAD_GPU = 290 * MIB, 960 * MIB, 2048 * MIB
+STEP_TOKENS_CPU, STEP_TOKENS_GPU = 2048, 8192  # the most tokens that vLLM computes in one step
 
 
 class NotAModel(ValueError):
     """The folder holds no model that can be served; the message names the file and what is wrong with it."""
 
 
-def estimate_memory(path: str, *, kv_cache_bytes: int, max_sequences: int, runtime: Runtime) -> int:
+def estimate_memory(path: str, *, kv_cache_bytes: int, cpu: bool, warm: bool = True, max_sequences: int = 32) -> int:
     """Bytes that the engine takes on its device when loaded. Raises NotAModel."""
     config = _config(path)
-    step = runtime.step_tokens * _activation_bytes_per_token(config)
-    logits = 4 * max_sequences * int(config.get("vocab_size", 0)) * 4  # in float32, and the sampler's copies
-    return weight_bytes(path) + kv_cache_bytes + step + logits + runtime.overhead_bytes
+    step = (STEP_TOKENS_CPU if cpu else STEP_TOKENS_GPU) * _activation_bytes_per_token(config)
+    logits = 4 * max_sequences * int(config.get("vocab_size") or 0) * 4  # in float32, and the sampler's copies
+    overhead = (OVERHEAD_WARM_CPU if warm else OVERHEAD_PLAIN_CPU) if cpu else OVERHEAD_GPU
+    return weight_bytes(path) + kv_cache_bytes + step + logits + overhead
 
 
-def kv_tokens(path: str, kv_cache_bytes: int, runtime: Runtime) -> int:
-    """How many tokens the KV cache holds, as vLLM's log will say ("KV cache size"). Raises NotAModel."""
-    block = runtime.block_tokens
-    return kv_cache_bytes // (_kv_bytes_per_token(_config(path)) * block) * block
+def kv_tokens(path: str, *, kv_cache_bytes: int) -> int:
+    """How many tokens the KV cache holds, in whole blocks: "KV cache size" in vLLM's log. Raises NotAModel."""
+    return kv_cache_bytes // (_kv_bytes_per_token(_config(path)) * BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def choose_kv_cache(path: str, *, max_sequences: int, max_context: int | None, runtime: Runtime) -> int:
-    """Bytes for a KV cache that nobody has set: every sequence 1,024 tokens, or one as long as `max_context` allows.
+def default_kv_cache(path: str, *, max_sequences: int, max_context: int | None = None) -> int:
+    """Bytes for a KV cache that nobody has set: 1,024 tokens for every sequence, or `max_context` for one.
 
-    Raises NotAModel. Without `max_context` a model's own context may be longer than this cache: vLLM is then to fit
-    the length to the cache.
+    Without `max_context` the model's own context may be longer than this cache holds: vLLM must be told to fit it.
+    Raises NotAModel.
     """
-    tokens = max(max_sequences * DEFAULT_SEQUENCE_TOKENS, max_context or 0)
-    blocks = -(-tokens // runtime.block_tokens) + 1  # vLLM keeps one for itself
-    return max(KV_CACHE_LEAST, blocks * runtime.block_tokens * _kv_bytes_per_token(_config(path)))
+    tokens = max(max_sequences * SEQUENCE_TOKENS, max_context or 0)
+    blocks = -(-tokens // BLOCK_TOKENS) + 1  # vLLM keeps one for itself
+    return max(KV_CACHE_LEAST, blocks * BLOCK_TOKENS * _kv_bytes_per_token(_config(path)))
 
 
 def weight_bytes(path: str) -> int:

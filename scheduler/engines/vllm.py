@@ -39,8 +39,8 @@ class VllmKind:
     """How one model runs on vLLM. `path` is its folder, `model` what requests call it.
 
     `device_share` is the part of a GPU, 0 to 1, that must be free at start: the engine's memory over the device's.
-    `threads` is for the CPU; one is fastest for tiny models. `warm` forks from a launcher, unless `env` sets what a fork
-    cannot obey because it is read at import.
+    `threads` is for the CPU; one is fastest for tiny models. `warm` forks from a launcher, unless `env` sets what a
+    fork cannot obey because it is read at import.
     """
 
     name = "vllm"
@@ -79,7 +79,7 @@ class VllmKind:
         yield from ("--host", "127.0.0.1", "--port", str(port))
         yield from ("--max-num-seqs", str(self._max_sequences))
         yield from ("--kv-cache-memory-bytes", str(self._kv_cache_bytes))
-        # auto: as long as the model can and the cache holds; a fixed cache that is too small for it is refused otherwise
+        # auto: as long as the cache holds; a model with a longer context than that is refused otherwise
         yield from ("--max-model-len", "auto" if self._max_context is None else str(self._max_context))
         if self._task == "embed":
             yield from ("--runner", "pooling", "--convert", "embed")
@@ -153,18 +153,18 @@ _FAILURES = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
         (
-            r"Free memory on device (\S+) \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired .*?, ([\d.]+) GiB\)",
+            r"Free memory on device (\S+) \(([\d.]+)/([\d.]+) GiB\) on startup is less .*?, ([\d.]+) GiB\)",
             r"\1 has \2 of \3 GiB free and this engine asks for \4 GiB: set memory_bytes or kv_cache_bytes lower, "
             r"or end what else uses the device",
         ),
         (
-            r"Available memory on node (\d+) \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired .*?, ([\d.]+) GiB\)",
+            r"Available memory on node (\d+) \(([\d.]+)/([\d.]+) GiB\) on startup is less .*?, ([\d.]+) GiB\)",
             r"memory node \1 has \2 of \3 GiB free and this engine asks for \4 GiB: set kv_cache_bytes lower, "
             r"or end what else uses the memory",
         ),
         (
-            r"Available memory on node (\d+) \(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less than .*?([\d.]+) GiB\)",
-            r"the KV cache of \3 GiB does not fit into the \2 GiB that memory node \1 has free: set kv_cache_bytes lower",
+            r"Available memory on node (\d+) \(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is .*?([\d.]+) GiB\)",
+            r"the KV cache of \3 GiB does not fit into the \2 GiB free on memory node \1: set kv_cache_bytes lower",
         ),
         (
             r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.*estimated maximum model length is (\d+)",
