@@ -301,6 +301,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Python put this file's folder first, and the vllm.py beside it is not the one that is meant.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # read when the libraries are loaded, and they start threads otherwise
     die_with(os.getppid())
