@@ -126,9 +126,14 @@ class EventScanner:
                 if self._cut_last:
                     cuts.append((0, 1))
         self._after_cr = False
+        lf = cr = -1  # kept until passed, so that a stream of only one of them is searched once for the other
         while True:
-            end = _line_end(buffer, self._seen)
-            if end < 0:
+            if lf < self._seen:
+                lf = _position(buffer, b"\n", self._seen)
+            if cr < self._seen:
+                cr = _position(buffer, b"\r", self._seen)
+            end = min(lf, cr)
+            if end == size:
                 break
             after = end + 1
             if buffer[end] == _CR:
@@ -234,11 +239,9 @@ class EventScanner:
         )
 
 
-def _line_end(buffer: bytes | bytearray, at: int) -> int:
-    """The next LF or CR, or -1."""
-    lf = buffer.find(b"\n", at)
-    cr = buffer.find(b"\r", at, lf) if lf >= 0 else buffer.find(b"\r", at)
-    return cr if cr >= 0 else lf
+def _position(buffer: bytes | bytearray, wanted: bytes, at: int) -> int:
+    found = buffer.find(wanted, at)
+    return len(buffer) if found < 0 else found
 
 
 def _without(buffer: bytes | bytearray, end: int, cuts: list[tuple[int, int]]) -> bytes:
