@@ -184,7 +184,7 @@ class AdminClient:
         )
 
     def _refusal(self, response: http.client.HTTPResponse) -> AdminError:
-        if response.status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
+        if response.status == http.client.UNAUTHORIZED:
             return AdminError(f"{self.address} wants an operator's key; set VRAMP_ADMIN_KEY to one of its admin_keys")
         try:
             error = msgspec.json.decode(response.read(), type=_Envelope).error

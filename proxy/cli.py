@@ -101,7 +101,7 @@ def check(config: str) -> None:
     """Check the configuration file CONFIG without starting anything.
 
     Prints every problem, a line each with file, key, value and remedy, and exits with 1 if there is one. What
-    depends on this machine at this moment (ports, memory) is a warning here, and fails only `vramp serve`.
+    depends on this machine (memory, compiler, model folders) is a warning here, and fails only `vramp serve`.
     """
     from proxy.cli_serve import check
 

@@ -46,7 +46,7 @@ def serve(start: Start) -> NoReturn:
 def check(path: str) -> None:
     """Prints what is wrong with a configuration file; exits with 1 if it cannot be used."""
     loaded = _load(Start(config=path))
-    for finding in preflight(loaded.config):
+    for finding in preflight(loaded.config, ports=False):
         _say(finding.says, fatal=False)
     click.echo(f"{path}: good, {_counted(loaded.config)}")
 

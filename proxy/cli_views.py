@@ -124,7 +124,8 @@ def _models(models: tuple[ModelStatus, ...]) -> Table:
 
 
 def _state(model: ModelStatus) -> str:
-    return model.state if model.progress is None else f"{model.state} {model.progress:.0%}"
+    loading = model.state == "loading" and model.progress is not None
+    return f"{model.state} {model.progress:.0%}" if loading else model.state
 
 
 def _decision(decision: DecisionStatus, now_s: float) -> Text:

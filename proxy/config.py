@@ -202,7 +202,7 @@ class BackendConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     device: Annotated[
         str | None,
         Key(
-            "The device its engines use: nvidia, host, simulated, or the name of one simulated device.",
+            "The device its engines use: nvidia, host, simulated, or the name of one device (gpu0, host, sim0).",
             form="device",
             absent="use GPUs where there are some, host memory elsewhere (simulated engines: simulated devices)",
             example="simulated",

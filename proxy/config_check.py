@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from proxy.config_shape import Problem, nearest, parse_listen, show
 from proxy.sizes import byte_size, format_size
 
 DEVICE_KINDS = ("nvidia", "host", "simulated")
+GPU = re.compile(r"gpu\d+")
 
 
 def meaning_problems(config: Config) -> list[Problem]:
@@ -56,8 +58,10 @@ def _devices(devices: DevicesConfig) -> Iterator[Problem]:
     for name in _twice([device.name for device in devices.simulated]):
         yield Problem(f"devices.simulated[{name}].name", "is given twice; rename one of them")
     for device in devices.simulated:
-        if device.name in DEVICE_KINDS:
-            yield Problem(f"devices.simulated[{device.name}].name", "is a kind of device; use another name, e.g. sim0")
+        if device.name in DEVICE_KINDS or GPU.fullmatch(device.name):
+            yield Problem(
+                f"devices.simulated[{device.name}].name", "stands for real devices; use another name, e.g. sim0"
+            )
 
 
 def _backends(config: Config) -> Iterator[Problem]:
@@ -74,11 +78,16 @@ def _backends(config: Config) -> Iterator[Problem]:
 
 def _backend_device(at: str, backend: BackendConfig, devices: DevicesConfig) -> Iterator[Problem]:
     known = (*DEVICE_KINDS, *(device.name for device in devices.simulated))
-    if backend.device is not None and backend.device not in known:
+    gpu = (
+        backend.device is not None and GPU.fullmatch(backend.device) is not None
+    )  # whether it is there, preflight says
+    if backend.device is not None and backend.device not in known and not gpu:
         yield Problem(f"{at}.device", f"is {show(backend.device)}; {nearest(backend.device, known)}")
-    elif backend.device == "nvidia" and not devices.nvidia:
-        yield Problem(f"{at}.device", 'is "nvidia", and devices.nvidia is false; set it to true, or use host')
-    elif backend.kind == "simulated" and backend.device in ("nvidia", "host"):
+    elif (gpu or backend.device == "nvidia") and not devices.nvidia:
+        yield Problem(
+            f"{at}.device", f'is "{backend.device}", and devices.nvidia is false; set it to true, or use host'
+        )
+    elif backend.kind == "simulated" and (gpu or backend.device in ("nvidia", "host")):
         yield Problem(f"{at}.device", f"is {show(backend.device)}; a simulated engine needs a simulated device")
     elif (backend.kind == "simulated" or backend.device == "simulated") and not devices.simulated:
         yield Problem(at, "uses simulated devices, and there is none; add [[devices.simulated]] with name and memory")

@@ -13,7 +13,8 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -22,6 +23,9 @@ import psutil
 from proxy.config import BackendConfig, Config, ModelConfig
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
+from scheduler.devices.discover import discover
+from scheduler.devices.host import Cgroup, available_bytes
+from scheduler.model import DeviceSpec
 
 COMPILERS: Final = ("c++", "g++", "clang++")
 DISK_NEEDED: Final = 64 << 20
@@ -30,7 +34,6 @@ DESCRIPTORS_WANTED: Final = 4096
 TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.txt")
 WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 LFS_POINTER: Final = b"version https://git-lfs"
-CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 class Finding(NamedTuple):
@@ -47,13 +50,13 @@ class HostMemory(NamedTuple):
     available: int
 
 
-def preflight(config: Config) -> list[Finding]:
-    """Everything found, fatal ones first."""
+def preflight(config: Config, *, ports: bool = True) -> list[Finding]:
+    """Everything found, fatal ones first. Without `ports` for a configuration whose server may be running already."""
     findings = [
-        *check_port("server.listen", config.server.listen),
-        *check_port("server.admin_listen", config.server.admin_listen),
+        *(check_port("server.listen", config.server.listen) if ports else ()),
+        *(check_port("server.admin_listen", config.server.admin_listen) if ports else ()),
         *check_disk(Path(config.store.dir)),
-        *check_memory(config, host_memory(), gpu_memory() if config.devices.nvidia else ()),
+        *check_memory(config, device_specs(config), host_memory()),
         *check_vllm(config),
         *check_models(config),
         *check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
@@ -111,36 +114,30 @@ def check_disk(state_dir: Path) -> Iterator[Finding]:
         yield Finding(f"{says}; make room, engine logs are written there", fatal=free < DISK_NEEDED)
 
 
-def check_memory(config: Config, host: HostMemory, gpus: Iterable[int]) -> Iterator[Finding]:
-    """Whether budget and largest model fit into what this machine has. `gpus` are the GPUs' sizes in bytes."""
-    reserve = byte_size(config.devices.gpu_reserve)
-    gpu = max((size - reserve for size in gpus), default=0)
-    backends = {backend.name: backend for backend in config.backends if backend.kind in ("vllm", "command")}
-    on_host = [model for model in config.models if _runs_on_host(backends.get(model.backend), gpu)]
-    on_gpu = [model for model in config.models if model.backend in backends and model not in on_host]
-    budget = host.total
-    if on_host and config.devices.host_memory is not None:
-        budget = byte_size(config.devices.host_memory)
-        yield from _budget(budget, config.devices.host_memory, host)
-    yield from _too_large(on_host, min(budget, host.total), "host memory")
-    for backend in backends.values():
-        if backend.device == "nvidia" and not gpu:
-            yield Finding(f'backends[{backend.name}].device is "nvidia", and no NVIDIA GPU is found; use host')
-    if gpu:
-        yield from _too_large(on_gpu, gpu, "the largest GPU")
+def check_memory(config: Config, devices: Sequence[DeviceSpec], host: HostMemory) -> Iterator[Finding]:
+    """Whether the devices named are there, and the budget and each model fit."""
+    places: dict[str, list[DeviceSpec]] = {}
+    for backend in (backend for backend in config.backends if backend.kind in ("vllm", "command")):
+        wanted = backend.device or ("nvidia" if any(device.kind == "nvidia" for device in devices) else "host")
+        places[backend.name] = [device for device in devices if wanted in (device.kind, device.name)]
+        if not places[backend.name]:
+            known = ", ".join(device.name for device in devices)
+            yield Finding(
+                f'backends[{backend.name}].device is "{wanted}", and this machine has {known}; use one of these'
+            )
+    if config.devices.host_memory is not None and any(device.kind == "host" for device in chain(*places.values())):
+        yield from _budget(config.devices.host_memory, host)
+    for model in config.models:
+        yield from _too_large(model, places.get(model.backend, ()))
 
 
-def _runs_on_host(backend: BackendConfig | None, gpu: int) -> bool:
-    return backend is not None and (backend.device == "host" or (backend.device is None and not gpu))
-
-
-def _budget(budget: int, stated: str, host: HostMemory) -> Iterator[Finding]:
-    if budget > host.total:
+def _budget(stated: str, host: HostMemory) -> Iterator[Finding]:
+    if byte_size(stated) > host.total:
         yield Finding(
             f'devices.host_memory is "{stated}", and this machine has {format_size(host.total)}; '
             "lower it, or leave it out"
         )
-    elif budget > host.available:
+    elif byte_size(stated) > host.available:
         yield Finding(
             f'devices.host_memory is "{stated}", and {format_size(host.available)} are free now; '
             "models are loaded only as far as memory allows",
@@ -148,14 +145,15 @@ def _budget(budget: int, stated: str, host: HostMemory) -> Iterator[Finding]:
         )
 
 
-def _too_large(models: Iterable[ModelConfig], capacity: int, place: str) -> Iterator[Finding]:
-    for model in models:
-        memory = memory_needed(model)
-        if memory > capacity:
-            yield Finding(
-                f"models[{model.id}] needs {format_size(memory)}, and {place} has {format_size(capacity)} for it; "
-                "use a smaller model, or more memory"
-            )
+def _too_large(model: ModelConfig, places: Sequence[DeviceSpec]) -> Iterator[Finding]:
+    largest = max((device.capacity_bytes - device.reserve_bytes for device in places), default=None)
+    needed = memory_needed(model)
+    if largest is not None and needed > largest:
+        names = ", ".join(device.name for device in places)
+        yield Finding(
+            f"models[{model.id}] needs {format_size(needed)}, and the most that {names} can give is "
+            f"{format_size(largest)}; use a smaller model, or more memory"
+        )
 
 
 def memory_needed(model: ModelConfig) -> int:
@@ -168,31 +166,21 @@ def memory_needed(model: ModelConfig) -> int:
 
 
 def host_memory() -> HostMemory:
-    """What this machine has, or the cgroup (v2) that holds us, if that is less."""
-    memory = psutil.virtual_memory()
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2 here, or its limit is "max"
-        return HostMemory(memory.total, memory.available)
-    return HostMemory(min(memory.total, limit), min(memory.available, max(0, limit - used)))
+    """What this machine has, or the cgroup that holds us, if that is less."""
+    total, cgroup = int(psutil.virtual_memory().total), Cgroup()
+    limit = cgroup.limit()
+    return HostMemory(total if limit is None else min(total, limit), available_bytes(cgroup))
 
 
-def gpu_memory() -> tuple[int, ...]:
-    """Sizes of the NVIDIA GPUs in bytes; empty where there is no driver."""
-    import pynvml  # noqa: PLC0415 - only a machine with GPUs has a use for it
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
-    except pynvml.NVMLError:
-        return ()
-    finally:
-        pynvml.nvmlShutdown()
+def device_specs(config: Config) -> list[DeviceSpec]:
+    """The devices as the scheduler will see them."""
+    devices = discover(
+        host_budget_bytes=None if config.devices.host_memory is None else byte_size(config.devices.host_memory),
+        use_nvidia=config.devices.nvidia,
+        gpu_reserve_bytes=byte_size(config.devices.gpu_reserve),
+        simulated={device.name: byte_size(device.memory) for device in config.devices.simulated},
+    )
+    return [device.spec for device in devices]
 
 
 def check_vllm(config: Config) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ STATUS = {
     ],
     "models": [
         {"id": "demo-chat", "backend": "local", "device": "host", "state": "ready", "note": "[bold]as is[/bold]",
-         "progress": None, "memory_bytes": GIB, "measured_bytes": 3 * GIB, "pinned": True, "in_flight": 2, "waiting": 0,
+         "progress": 1.0, "memory_bytes": GIB, "measured_bytes": 3 * GIB, "pinned": True, "in_flight": 2, "waiting": 0,
          "eta_s": None, "last_used_s": 1.0, "loads": 3, "task": "generate"},
         {"id": "demo-code", "backend": "local", "device": None, "state": "loading", "note": None, "progress": 0.4,
          "memory_bytes": GIB, "measured_bytes": None, "pinned": False, "in_flight": 0, "waiting": 5, "eta_s": 4.0,
@@ -162,6 +163,7 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     (chat,) = [line for line in lines if line.startswith("demo-chat")]
     assert "(pinned)" in chat
     assert "3GiB" in chat
+    assert "100%" not in chat
     assert "[bold]as is[/bold]" in chat
     (code,) = [line for line in lines if line.startswith("demo-code")]
     assert "loading 40%" in code
@@ -242,6 +244,11 @@ def test_a_missing_key_names_the_variable(admin: FakeAdmin) -> None:
     assert admin.run("status").stderr == (
         f"error: {admin.address} wants an operator's key; set VRAMP_ADMIN_KEY to one of its admin_keys\n"
     )
+
+
+def test_a_refusal_is_shown_in_the_server_s_words(admin: FakeAdmin) -> None:
+    admin.answers["GET /admin/api/status"] = (403, b'{"error": {"message": "host is refused; use localhost"}}')
+    assert admin.run("status").stderr == "error: host is refused; use localhost\n"
 
 
 def test_watch_goes_on_while_the_server_is_away(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,9 +350,20 @@ def test_check_reads_the_secrets(config: Path) -> None:
 
 
 def test_check_only_warns_of_what_this_machine_lacks(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_serve, "preflight", lambda _config: [Finding("port 1 is taken by x; stop that")])
+    monkeypatch.setattr(cli_serve, "preflight", lambda _config, ports: [Finding("no compiler; install g++")])
     result = CliRunner().invoke(main, ["check", str(config)])
-    assert (result.exit_code, result.stderr) == (0, "warning: port 1 is taken by x; stop that\n")
+    assert (result.exit_code, result.stderr) == (0, "warning: no compiler; install g++\n")
+
+
+def test_check_does_not_mind_a_server_that_runs_on_the_ports(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config.write_text(config.read_text().replace('listen = "127.0.0.1:0"', f'listen = "127.0.0.1:{port}"', 1))
+        assert str(port) not in CliRunner().invoke(main, ["check", str(config)]).stderr
+        assert (
+            f"port {port} (server.listen) is taken"
+            in CliRunner().invoke(main, ["serve", "--config", str(config)]).stderr
+        )
 
 
 # serve

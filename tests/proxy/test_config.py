@@ -127,7 +127,7 @@ def test_a_key_that_the_structs_do_not_allow_is_refused_with_its_remedy(text: st
         ("[[devices.simulated]]\nname='s'\nmemory='1GiB'\n[[devices.simulated]]\nname='s'\nmemory='1GiB'",
          "devices.simulated[s].name is given twice; rename one of them"),
         ("[[devices.simulated]]\nname='host'\nmemory='1GiB'",
-         "devices.simulated[host].name is a kind of device; use another name, e.g. sim0"),
+         "devices.simulated[host].name stands for real devices; use another name, e.g. sim0"),
         ("[[backends]]\nname='r'\nkind='openai'",
          'backends[r].base_url is missing; kind openai needs it, e.g. "https://llm.example.com/v1"'),
         (LOCAL + "base_url = 'http://h/v1'",
@@ -266,6 +266,12 @@ def test_one_id_on_a_local_and_on_remote_backends_is_a_group() -> None:
     remote = "[[backends]]\nname='r'\nkind='openai'\nbase_url='https://h/v1'\n"
     entry = "[[models]]\nid='demo-chat'\nbackend='r'\n"
     assert [model.backend for model in load_text(CHAT + remote + entry + entry, "x").models] == ["local", "r", "r"]
+
+
+@pytest.mark.parametrize("device", ["nvidia", "gpu3", "host", "simulated", "sim0"])
+def test_a_backend_may_name_a_kind_of_device_or_one_device(device: str) -> None:
+    text = LOCAL + f"[[backends]]\nname='c'\nkind='command'\ndevice='{device}'"
+    assert load_text(text, "x").backends[1].device == device
 
 
 def test_every_profile_name_of_the_design_is_accepted() -> None:

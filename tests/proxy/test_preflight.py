@@ -8,13 +8,18 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from proxy import preflight
-from proxy.config import BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig, StoreConfig
+from proxy.config import BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig, SimulatedDevice, StoreConfig
 from proxy.preflight import Finding, HostMemory
+from scheduler.devices.host import Cgroup
+from scheduler.model import DeviceSpec
 
 GIB = 1 << 30
+HOST = DeviceSpec("host", "host", 60 * GIB)
+GPUS = [DeviceSpec("gpu0", "nvidia", 24 * GIB, GIB), DeviceSpec("gpu1", "nvidia", 80 * GIB, GIB)]
 ROOMY = HostMemory(total=64 * GIB, available=60 * GIB)
 
 
@@ -121,10 +126,10 @@ def test_a_full_disk_is_warned_about_and_then_refused(
 
 def test_a_budget_above_the_machine_is_refused_and_above_the_free_memory_warned_about() -> None:
     config = vllm(model(memory_bytes="1GiB"), host_memory="128GiB")
-    assert list(preflight.check_memory(config, ROOMY, ())) == [
+    assert list(preflight.check_memory(config, [HOST], ROOMY)) == [
         Finding('devices.host_memory is "128GiB", and this machine has 64GiB; lower it, or leave it out')
     ]
-    assert list(preflight.check_memory(config, HostMemory(256 * GIB, 8 * GIB), ())) == [
+    assert list(preflight.check_memory(config, [HOST], HostMemory(256 * GIB, 8 * GIB))) == [
         Finding(
             'devices.host_memory is "128GiB", and 8GiB are free now; models are loaded only as far as memory allows',
             fatal=False,
@@ -134,37 +139,51 @@ def test_a_budget_above_the_machine_is_refused_and_above_the_free_memory_warned_
 
 def test_the_budget_of_the_host_does_not_matter_where_models_run_on_gpus() -> None:
     config = vllm(model(memory_bytes="1GiB"), host_memory="128GiB")
-    assert says(preflight.check_memory(config, ROOMY, (80 * GIB,))) == []
+    assert says(preflight.check_memory(config, [*GPUS, HOST], ROOMY)) == []
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_both_figures(folder: Path) -> None:
     large = model("large", memory_bytes="100GiB")
-    assert says(preflight.check_memory(vllm(large), ROOMY, ())) == [
-        "models[large] needs 100GiB, and host memory has 64GiB for it; use a smaller model, or more memory"
-    ]
-    assert says(preflight.check_memory(vllm(large), ROOMY, (24 * GIB, 80 * GIB))) == [
-        "models[large] needs 100GiB, and the largest GPU has 79.5GiB for it; use a smaller model, or more memory"
-    ]
-    by_weights = vllm(model(path=str(folder)), host_memory="1KiB")
-    assert "models[a] needs 2KiB, and host memory has 1KiB for it; use a smaller model, or more memory" in says(
-        preflight.check_memory(by_weights, ROOMY, ())
+    on_host = (
+        "models[large] needs 100GiB, and the most that host can give is 60GiB; use a smaller model, or more memory"
     )
-
-
-def test_a_gpu_that_is_not_there_is_said() -> None:
-    assert says(preflight.check_memory(vllm(model(), device="nvidia"), ROOMY, ())) == [
-        'backends[v].device is "nvidia", and no NVIDIA GPU is found; use host'
+    assert says(preflight.check_memory(vllm(large), [HOST], ROOMY)) == [on_host]
+    assert says(preflight.check_memory(vllm(large, device="host"), [*GPUS, HOST], ROOMY)) == [on_host]
+    assert says(preflight.check_memory(vllm(large), [*GPUS, HOST], ROOMY)) == [
+        "models[large] needs 100GiB, and the most that gpu0, gpu1 can give is 79GiB; "
+        "use a smaller model, or more memory"
+    ]
+    assert says(preflight.check_memory(vllm(large, device="gpu0"), [*GPUS, HOST], ROOMY)) == [
+        "models[large] needs 100GiB, and the most that gpu0 can give is 23GiB; use a smaller model, or more memory"
+    ]
+    by_weights = vllm(model(path=str(folder)))
+    assert says(preflight.check_memory(by_weights, [DeviceSpec("host", "host", 1024)], ROOMY)) == [
+        "models[a] needs 2KiB, and the most that host can give is 1KiB; use a smaller model, or more memory"
     ]
 
 
-def test_a_cgroup_limit_is_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "CGROUP", tmp_path)
-    machine = preflight.host_memory()
-    (tmp_path / "memory.max").write_text(str(64 << 20))
-    (tmp_path / "memory.current").write_text(str(24 << 20))
-    assert preflight.host_memory() == HostMemory(64 << 20, 40 << 20)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert preflight.host_memory().total == machine.total
+@pytest.mark.parametrize("device", ["nvidia", "gpu0"])
+def test_a_gpu_that_is_not_there_is_said(device: str) -> None:
+    assert says(preflight.check_memory(vllm(model(), device=device), [HOST], ROOMY)) == [
+        f'backends[v].device is "{device}", and this machine has host; use one of these'
+    ]
+
+
+def test_the_devices_are_those_of_the_scheduler() -> None:
+    config = Config(
+        devices=DevicesConfig(nvidia=False, host_memory="3GiB", simulated=(SimulatedDevice(name="s", memory="1GiB"),))
+    )
+    assert [(d.name, d.kind, d.capacity_bytes) for d in preflight.device_specs(config)] == [
+        ("host", "host", 3 * GIB),
+        ("s", "simulated", GIB),
+    ]
+
+
+def test_a_cgroup_limit_is_less_than_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = psutil.virtual_memory().total
+    for limit, total in ((64 << 20, 64 << 20), (None, machine), (machine * 2, machine)):
+        monkeypatch.setattr(Cgroup, "limit", lambda _self, limit=limit: limit)
+        assert preflight.host_memory().total == total
 
 
 def test_a_missing_compiler_is_said_only_where_vllm_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
