@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -15,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -73,7 +73,7 @@ class App:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
-        self._supervisor = Supervisor(link, self._session, os.path.join(self._config.store.dir, "logs"))
+        self._supervisor = Supervisor(link, self._session, Path(self._config.store.dir) / "logs")
         self._devices = devices_of(self._config)
         self._catalog = Catalog(self._config)
         self._locals = locals_of(self._config, self._catalog, self._devices)
@@ -109,7 +109,7 @@ class App:
         server = await http.start(self._handler, listeners.get("http", []), self._limits())
         runner = await self._admin(listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
-        self._announce()
+        await self._announce()
         try:
             await self._until_stopped()
             log.info("draining: %d requests in flight", self._handler.in_flight)
@@ -176,11 +176,11 @@ class App:
         except Exception:  # whatever is wrong with it, it is not an engine we can use
             return False
 
-    def _announce(self) -> None:
+    async def _announce(self) -> None:
         for local in self._locals:
             if local.spec.pinned:
                 self._scheduler.dispatch(LoadAsked(local.spec.name))
-        self._warm_up()
+        await self._warm_up()
         self._link.ready()
         server = self._config.server
         urls = (f"http://{server.listen}", f"http://{server.admin_listen}")
@@ -217,9 +217,9 @@ class App:
                 task.cancel()
             if self._reload.is_set() and not self._stop.is_set():
                 self._reload.clear()
-                self.reload()
+                await self.reload()
 
-    def reload(self) -> None:
+    async def reload(self) -> None:
         """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
         self._access_log.reopen()
         try:
@@ -241,7 +241,7 @@ class App:
         self._scheduler.reload(
             ConfigChanged(specs, settings_of(loaded.config)), {local.spec.name: local.launch for local in found}
         )
-        self._warm_up()
+        await self._warm_up()
         self._retire(old)
 
     def _retire(self, providers: dict[str, Provider]) -> None:
@@ -327,8 +327,8 @@ async def serve(start: Start) -> int:
 
 def main() -> int:
     """Run on uvloop."""
-    with contextlib.suppress(ImportError):
-        import aiohttp._http_parser  # noqa: F401, PLC0415 - the slow parser would work, but nobody should measure it
+    if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
+        print("warning: aiohttp runs its slow Python parser; install a wheel of it for this platform", file=sys.stderr)
     gc.freeze()  # what was imported lives as long as we do: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(parse(sys.argv[1:])))

@@ -17,7 +17,7 @@ from scheduler.devices.discover import discover
 from scheduler.driver import Launch
 from scheduler.engines.base import EngineKind
 from scheduler.engines.command import CommandKind
-from scheduler.engines.estimate import NotAModel, Runtime, choose_kv_cache, estimate_memory, kv_tokens
+from scheduler.engines.estimate import NotAModel, default_kv_cache, estimate_memory, kv_tokens
 from scheduler.engines.simulated import SimulatedKind
 from scheduler.engines.vllm import VllmKind
 from scheduler.model import ModelSpec, SchedulerSettings
@@ -63,10 +63,9 @@ def locals_of(config: Config, catalog: Catalog, devices: Sequence[Device]) -> li
 def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) -> Local:
     model, backend = deployment.model, deployment.backend
     device = _device_for(backend, devices)
-    runtime = _runtime(backend, device)
     try:
-        memory, cache = _memory(model, runtime)
-        tokens = _kv_tokens(model, cache, runtime)
+        memory, cache = _memory(model, cpu=device != NVIDIA, warm=backend.warm)
+        tokens = _kv_tokens(model, cache)
     except NotAModel as error:
         raise ConfigError([f"models[{model.id}].path: {error}"]) from error
     spec = ModelSpec(
@@ -92,29 +91,23 @@ def _device_for(backend: BackendConfig, devices: Sequence[Device]) -> str:
     return NVIDIA if any(device.spec.kind == NVIDIA for device in devices) else HOST
 
 
-def _runtime(backend: BackendConfig, device: str) -> Runtime:
-    if device == NVIDIA:
-        return Runtime.GPU
-    return Runtime.CPU_WARM if backend.warm else Runtime.CPU_PLAIN
-
-
-def _memory(model: ModelConfig, runtime: Runtime) -> tuple[int, int]:
+def _memory(model: ModelConfig, *, cpu: bool, warm: bool) -> tuple[int, int]:
     """(bytes in all, bytes of them KV cache); what is not stated is estimated from the model's own files."""
     sequences = model.max_sequences
     cache = byte_size(model.kv_cache_bytes) if model.kv_cache_bytes is not None else 0
     if model.path is not None and not cache:
-        cache = choose_kv_cache(model.path, max_sequences=sequences, max_context=model.max_context, runtime=runtime)
+        cache = default_kv_cache(model.path, max_sequences=sequences, max_context=model.max_context)
     if model.memory_bytes is not None:
         return byte_size(model.memory_bytes), cache
     if model.path is None:
         raise ConfigError([f"models[{model.id}].memory_bytes is missing; say how much memory its engine takes"])
-    return estimate_memory(model.path, kv_cache_bytes=cache, max_sequences=sequences, runtime=runtime), cache
+    return estimate_memory(model.path, kv_cache_bytes=cache, cpu=cpu, warm=warm, max_sequences=sequences), cache
 
 
-def _kv_tokens(model: ModelConfig, cache: int, runtime: Runtime) -> int:
+def _kv_tokens(model: ModelConfig, cache: int) -> int:
     if model.path is None or not cache or model.task == "embed":
         return UNBOUNDED_KV_TOKENS
-    return kv_tokens(model.path, cache, runtime)
+    return kv_tokens(model.path, kv_cache_bytes=cache)
 
 
 def _kind(

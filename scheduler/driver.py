@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -129,7 +129,7 @@ class Waiting:
         self.ticket = ticket
         self.submitted_s = now
 
-    def __enter__(self) -> Waiting:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -225,6 +225,14 @@ class Scheduler:
     def describe(self, ticket_id: int) -> str:
         """What the ticket waits for, for people."""
         return self.core.describe(ticket_id, self._loop.time())
+
+    def engine_urls(self) -> dict[str, tuple[str, str]]:
+        """Where each ready engine answers: (model, base URL) by engine id."""
+        return {engine_id: (engine_id.rpartition("#")[0], url) for engine_id, url in self._urls.items()}
+
+    def pids(self, engine_id: str) -> list[int]:
+        """The processes of an engine, for people who look from outside."""
+        return self._engines.pids(engine_id)
 
     # -------------------------------------------------------------- operators
 

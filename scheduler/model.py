@@ -64,13 +64,13 @@ class Ticket(msgspec.Struct, frozen=True):
 class ModelSpec(msgspec.Struct, frozen=True):
     """What the scheduler must know of a local model (one deployment).
 
-    `device_kind` is nvidia, host or simulated. `revision` names everything that an engine was started with: one that
-    runs under another revision is drained and replaced.
+    `device` is a kind (nvidia, host, simulated) or the name of one device. `revision` names everything that an engine
+    was started with: one that runs under another revision is drained and replaced.
     """
 
     name: str
     memory_bytes: int
-    device_kind: str
+    device: str
     max_sequences: int = 32
     kv_tokens: int = 1 << 30
     pinned: bool = False

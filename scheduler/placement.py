@@ -145,14 +145,16 @@ class Placement:
         return [Stop(model.engine.id, cause, why)]
 
     def revivable(self) -> list[ModelState]:
-        """Victims that are still draining and may serve on: no cold model is wanted on their kind of memory."""
-        needed = {model.spec.device_kind for model in self._wanted() if model.state is Residency.COLD}
+        """Victims that are still draining and may serve on: no cold model is wanted on their device."""
+        cold = [model for model in self._wanted() if model.state is Residency.COLD]
+        needed = {ledger.spec.name for model in cold for ledger in self._devices_of(model.spec)}
         return [
             model
             for model in self.models.values()
             if model.state is Residency.DRAINING
             and model.stop_cause is StopCause.EVICTED
-            and model.spec.device_kind not in needed
+            and model.engine is not None
+            and model.engine.device not in needed
         ]
 
     def relieve_pressure(self, threshold: float) -> list[Command]:
@@ -229,7 +231,7 @@ class Placement:
         (ollama/ollama#18282)."""
         devices = list(self._devices_of(spec))
         if not devices:
-            return f"{spec.name} runs on {spec.device_kind} memory, and there is no such device"
+            return f"{spec.name} runs on {spec.device} memory, and there is no such device"
         largest = max(devices, key=lambda ledger: self._attainable(ledger, spec.name))
         attainable = self._attainable(largest, spec.name)
         if spec.memory_bytes <= attainable:
@@ -253,7 +255,7 @@ class Placement:
         return total
 
     def _devices_of(self, spec: ModelSpec) -> Iterable[DeviceLedger]:
-        return (ledger for ledger in self.devices.values() if ledger.spec.kind == spec.device_kind)
+        return (ledger for ledger in self.devices.values() if spec.device in (ledger.spec.kind, ledger.spec.name))
 
 
 def _size(size: int) -> str:

@@ -12,7 +12,7 @@ from scheduler.state import ModelState
 
 
 def status(
-    scheduler: Scheduler, config: Config, *, uptime_s: float, now: float, about: dict[str, str]
+    scheduler: Scheduler, config: Config, *, uptime_s: float, now: float, about: dict[str, object]
 ) -> dict[str, Any]:
     """The whole picture: devices, models, queues, last decisions. Sizes are bytes, times are seconds."""
     core = scheduler.core
@@ -21,7 +21,7 @@ def status(
         **about,
         "uptime_s": round(uptime_s, 1),
         "devices": [_device(ledger) for ledger in core.devices.values()],
-        "models": [_model(state, local.get(name), core.devices, now) for name, state in core.models.items()]
+        "models": [_model(state, local.get(name), scheduler, now) for name, state in core.models.items()]
         + [_remote(model) for model in config.models if model.id not in core.models],
         "waiting": [
             {"class": c.name.lower(), "count": count}
@@ -47,11 +47,10 @@ def _device(ledger: DeviceLedger) -> dict[str, Any]:
     }
 
 
-def _model(
-    state: ModelState, model: ModelConfig | None, devices: dict[str, DeviceLedger], now: float
-) -> dict[str, Any]:
+def _model(state: ModelState, model: ModelConfig | None, scheduler: Scheduler, now: float) -> dict[str, Any]:
     engine = state.engine
-    holding = devices[engine.device].holding(engine.id) if engine is not None else None
+    holding = scheduler.core.devices[engine.device].holding(engine.id) if engine is not None else None
+    _, url = scheduler.engine_urls().get(engine.id, ("", None)) if engine is not None else ("", None)
     waits = state.state in (Residency.LOADING, Residency.COLD) and (
         len(state.queue) > 0 or state.state is Residency.LOADING
     )
@@ -61,6 +60,8 @@ def _model(
         "task": model.task if model is not None else "",
         "device": engine.device if engine is not None else None,
         "engine": engine.id if engine is not None else None,
+        "base_url": url,
+        "pids": scheduler.pids(engine.id) if engine is not None else [],
         "state": state.state.value,
         "note": state.last_error if state.state is Residency.FAILED else state.note,
         "progress": round(state.progress, 3),

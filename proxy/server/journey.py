@@ -8,7 +8,8 @@ block, and the client is told.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 import orjson
 from aiohttp import web
@@ -40,9 +41,11 @@ FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta",
 class Waits(Protocol):
     """A ticket on its way to a lease, as `scheduler.driver.Waiting` is one."""
 
-    def __enter__(self) -> Waits: ...
+    def __enter__(self) -> Self: ...
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
     async def granted(self) -> Lease:
         """The lease. Raises `Refused`. May be cancelled and awaited again."""
@@ -192,8 +195,8 @@ class Journey:
                 refused = await relay.refusal(upstream, where=deployment.where, local=deployment.local)
                 status = upstream.status
         except Unreachable as problem:
-            error = Unavailable(f"Model '{call.model}' cannot be reached: {problem}.", retry_after_s=UNREACHABLE_RETRY_S)
-            raise AttemptFailed(error) from problem
+            words = f"Model '{call.model}' cannot be reached: {problem}."
+            raise AttemptFailed(Unavailable(words, retry_after_s=UNREACHABLE_RETRY_S)) from problem
         except Broken as problem:
             raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' broke off: {problem}.")) from problem
         raise AttemptFailed(refused) if status in FAILOVER_STATUSES else refused

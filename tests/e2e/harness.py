@@ -1,0 +1,135 @@
+"""A whole vramp as a user starts it: `vramp serve` as a process, its keeper, its proxy, its engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPO = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Served:
+    """A running `vramp serve`. `stop()` returns its exit code; leaving the context makes sure that nothing is left."""
+
+    def __init__(self, config: Path, state_dir: Path, *options: str) -> None:
+        self.port, self.admin_port = free_port(), free_port()
+        self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
+        self.log = state_dir / "vramp.log"
+        argv = [sys.executable, "-m", "proxy.cli", "serve", "--config", str(config)]
+        argv += ["--listen", f"127.0.0.1:{self.port}", "--admin-listen", f"127.0.0.1:{self.admin_port}", *options]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=state_dir, env={**env, "PYTHONPATH": str(REPO)}, stdout=log, stderr=log, start_new_session=True
+            )
+        self._seen: set[psutil.Process] = set()
+
+    def __enter__(self) -> Served:
+        self.wait(self.ready, "vramp did not become ready")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.family()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for process in self._seen:
+            if process.is_running():
+                process.kill()
+
+    # ------------------------------------------------------------------ asking
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/readyz") == b"ok\n"
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def get(self, path: str, *, admin: bool = False) -> bytes:
+        base = self.admin_url if admin else self.url
+        with urllib.request.urlopen(base + path, timeout=10) as answer:
+            return bytes(answer.read())
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.get("/admin/api/status", admin=True))
+        return found
+
+    def model(self, name: str) -> dict[str, Any]:
+        return next(model for model in self.status()["models"] if model["id"] == name)
+
+    def ask(self, path: str, body: object, headers: dict[str, str] | None = None, timeout: float = 120) -> Any:
+        """POST; the JSON answer. Raises urllib's HTTPError with the body readable."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+
+    def operate(self, model: str, action: str) -> dict[str, Any]:
+        """load or unload; the last line of the progress."""
+        request = urllib.request.Request(f"{self.admin_url}/admin/api/models/{model}/{action}", b"")
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            lines = answer.read().splitlines()
+        last: dict[str, Any] = json.loads(lines[-1])
+        return last
+
+    # --------------------------------------------------------------- processes
+
+    def proxy_pid(self) -> int:
+        return int(self.status()["pid"])
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of ours that lives: keeper, proxy, launchers, engines."""
+        try:
+            keeper = psutil.Process(self.process.pid)
+            found = [keeper, *keeper.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            found = []
+        self._seen.update(found)
+        return found
+
+    def survivors(self) -> list[str]:
+        """Processes that were ever ours and still run."""
+        return [
+            f"{process.pid} {process.cmdline()[:4]}"
+            for process in self._seen
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def wait(self, condition: Callable[[], bool], complaint: str, limit_s: float = START_LIMIT_S) -> None:
+        """Polls until the condition holds; fails with the complaint and the server's last words."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline or (self.process.poll() is not None and condition is self.ready):
+                raise AssertionError(f"{complaint}\n{self.tail()}")
+            time.sleep(0.05)
+
+    def stop(self, number: int = signal.SIGTERM, limit_s: float = 60.0) -> int:
+        self.family()
+        self.process.send_signal(number)
+        return self.process.wait(limit_s)
+
+    def tail(self, size: int = 4000) -> str:
+        return self.log.read_text(errors="replace")[-size:]
