@@ -16,8 +16,10 @@ import orjson
 
 from proxy.errors import InvalidRequest
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+# A string without an end reaches to the end of the body: failing there instead would make every later quote start over.
+_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)'
+_STRING = re.compile(_TEXT, re.DOTALL)
+_TOKEN = re.compile(_TEXT + rb"|[\[\]{},]", re.DOTALL)
 _COLON = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+")
 _SCALAR = re.compile(rb"[^ \t\r\n,}\]]++")
 _SPACE = re.compile(rb"[ \t\r\n]*+")

@@ -74,10 +74,11 @@ class AccessLog:
         return os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
     def _run(self) -> None:
-        while not self._closed.is_set():
+        closing = False
+        while not closing:
             self._wake.wait()
-            self._closed.wait(FLUSH_S)
-            self._wake.clear()  # before taking: a line that comes now wakes us again
+            closing = self._closed.wait(FLUSH_S)  # seen before taking, so that the last batch holds every line
+            self._wake.clear()  # also before: a line that comes now wakes us again
             try:
                 self._write_batch()
             except OSError as error:

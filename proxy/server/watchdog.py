@@ -14,15 +14,29 @@ from types import TracebackType
 class Watchdog:
     """Cancels the task inside its `with` block when a limit passes, and raises that limit's error instead.
 
+    The total limit counts from entering the block; a second block after the first starts afresh.
+
     Invariant: the armed timer never fires later than the earlier of the two deadlines.
     A cancellation from outside is never turned into an error, also when both happen at once.
     """
 
-    __slots__ = ("_cancelling", "_deadline", "_error", "_expired", "_loop", "_task", "_timer", "_total", "_total_error")
+    __slots__ = (
+        "_cancelling",
+        "_deadline",
+        "_error",
+        "_expired",
+        "_loop",
+        "_task",
+        "_timer",
+        "_total",
+        "_total_error",
+        "_total_s",
+    )
 
     def __init__(self, total_s: float, total_error: Exception) -> None:
         self._loop = asyncio.get_running_loop()
-        self._total = self._loop.time() + total_s
+        self._total_s = total_s
+        self._total = math.inf
         self._total_error = total_error
         self._deadline = math.inf
         self._error = total_error
@@ -35,6 +49,9 @@ class Watchdog:
             raise RuntimeError("a Watchdog guards a task")
         self._task = task
         self._cancelling = task.cancelling()
+        self._expired = None
+        self._deadline = math.inf
+        self._total = self._loop.time() + self._total_s
         self._arm(self._total)
         return self
 

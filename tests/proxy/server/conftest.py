@@ -15,13 +15,25 @@ from proxy.catalog.catalog import Catalog
 from proxy.config import BackendConfig, Config, ModelConfig, Secret
 from proxy.config_secrets import NamedKey
 from proxy.gate.keys import Keys
+from proxy.observe import access_log
 from proxy.observe.access_log import AccessLog
 from proxy.observe.metrics import Metrics
+from proxy.observe.outcome import Outcome
 from proxy.providers.openai import OpenAIProvider
 from proxy.server.handler import Handler
 from proxy.server.http import Limits, Server, start
 from proxy.server.state import State
 from tests.fakes import FakeScheduler, FakeUpstream, plain
+
+
+class CountingLog(AccessLog):
+    """Knows how many lines there will be, so that a test can wait for them."""
+
+    taken = 0
+
+    def write(self, outcome: Outcome) -> None:
+        self.taken += 1
+        super().write(outcome)
 
 
 class Proxy:
@@ -37,7 +49,7 @@ class Proxy:
         self.handler: Handler
         self.server: Server
         self.session: aiohttp.ClientSession
-        self.access_log: AccessLog
+        self.access_log: CountingLog
 
     def config(self, **changes: Any) -> Config:
         config = Config(
@@ -73,7 +85,7 @@ class Proxy:
 
     async def start(self) -> None:
         self.configure()
-        self.access_log = AccessLog(str(self.log_path))
+        self.access_log = CountingLog(str(self.log_path))
         self.handler = Handler(
             self.state, self.scheduler, self.metrics, self.access_log, residency=lambda _: "ready"
         )
@@ -94,7 +106,9 @@ class Proxy:
 
     async def lines(self) -> list[dict[str, Any]]:
         """The access log so far."""
-        await self.access_log._flush()
+        async with asyncio.timeout(2):
+            while self.log_path.read_bytes().count(b"\n") < self.access_log.taken:
+                await asyncio.sleep(0.001)
         return [orjson.loads(line) for line in self.log_path.read_bytes().splitlines()]
 
     async def settled(self) -> None:
@@ -131,7 +145,8 @@ class Proxy:
 
 
 @pytest.fixture
-async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
+async def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+    monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
     async with FakeUpstream() as upstream, FakeUpstream() as remote:
         proxy = Proxy(upstream, remote, tmp_path / "access.log")
         await proxy.start()

@@ -215,7 +215,7 @@ async def test_a_clients_priority_may_step_back_but_not_forward(proxy: Proxy) ->
 
 
 async def test_an_unspliced_body_arrives_byte_for_byte(proxy: Proxy) -> None:
-    body = b' {"messages" : [ {"role":"user","content":"\\u00fc 1e400"} ],\n "temperature":1.0E-1, "model":"demo-chat"}\r\n'
+    body = b' {"messages" : [ {"role":"user","content":"\\u00fc 1e400"} ],\n"top_p":1.0E-1, "model":"demo-chat"}\r\n'
     await proxy.session.post("/v1/chat/completions", data=body, headers={"content-type": "application/json"})
     assert proxy.upstream.requests[0][2] == body
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import zlib
 from typing import Any
 
 import msgspec
@@ -130,8 +132,6 @@ async def test_an_undeclared_large_body_is_refused_once_it_is_too_large(proxy: P
 
 async def test_a_compressed_body_counts_as_what_it_becomes(proxy: Proxy) -> None:
     proxy.configure(limits=LimitsConfig(max_body="64KiB"))
-    import zlib
-
     bomb = zlib.compress(b" " * 10_000_000)
     response = await proxy.session.post(CHAT, data=bomb, headers={**JSON, "content-encoding": "deflate"})
     assert response.status == 413
@@ -140,8 +140,6 @@ async def test_a_compressed_body_counts_as_what_it_becomes(proxy: Proxy) -> None
 
 
 async def test_a_compressed_body_is_understood(proxy: Proxy) -> None:
-    import gzip
-
     response = await proxy.session.post(CHAT, data=gzip.compress(GOOD), headers={**JSON, "content-encoding": "gzip"})
     assert response.status == 200
     assert proxy.upstream.requests[0][2] == GOOD

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from proxy.dialects.call import Call
+from proxy.dialects.decode import decode
+from proxy.dialects.endpoints import ENDPOINTS
+from proxy.errors import InvalidRequest
+from scheduler.model import LatencyClass
+
+
+def call(path: str, body: bytes, **headers: str) -> Call:
+    return decode(ENDPOINTS[path], {name.replace("_", "-"): value for name, value in headers.items()}, body)
+
+
+def test_what_deciding_needs_is_read_and_the_body_kept() -> None:
+    body = b'{"model":"m","messages":[1,2],"stream":true,"stream_options":{"include_usage":true},"priority":3}'
+    read = call("/v1/chat/completions", body, x_vramp_class="batch", x_vramp_deadline_ms="1.5")
+    assert read.body is body
+    assert (read.model, read.stream, read.wants_usage, read.priority) == ("m", True, True, 3)
+    assert (read.latency_class, read.deadline_ms) == (LatencyClass.BATCH, 1.5)
+    assert read.prompt_tokens_estimate == len(body) // 4
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "tokens"),
+    [
+        ("/v1/chat/completions", b'"messages":[],"max_tokens":5', 5),
+        ("/v1/chat/completions", b'"messages":[],"max_tokens":5,"max_completion_tokens":7', 7),
+        ("/v1/chat/completions", b'"messages":[],"max_tokens":5,"n":3', 15),
+        ("/v1/completions", b'"prompt":"x","max_tokens":0', 0),
+        ("/v1/responses", b'"input":"x","max_output_tokens":9', 9),
+        ("/v1/messages", b'"messages":[],"max_tokens":4', 4),
+        ("/v1/embeddings", b'"input":"x"', None),
+    ],
+)
+def test_the_output_limit_is_found_under_its_name_on_each_path(path: str, fields: bytes, tokens: int | None) -> None:
+    assert call(path, b'{"model":"m",' + fields + b"}").max_output_tokens == tokens
+
+
+def test_nulls_are_as_if_absent() -> None:
+    read = call("/v1/chat/completions", b'{"model":"m","messages":[],"stream":null,"stream_options":null,"n":null}')
+    assert (read.stream, read.wants_usage, read.max_output_tokens) == (False, False, None)
+
+
+def test_unknown_fields_are_left_to_the_engine() -> None:
+    assert call("/v1/chat/completions", b'{"model":"m","messages":[],"top_k":"odd","x":{}}').model == "m"
+
+
+def test_the_default_model_stands_in_only_where_none_is_named() -> None:
+    chat = ENDPOINTS["/v1/chat/completions"]
+    read = decode(chat, {}, b'{"messages":[]}', default_model="d")
+    assert (read.model, read.names_model) == ("d", False)
+    read = decode(chat, {}, b'{"messages":[],"model":"m"}', default_model="d")
+    assert (read.model, read.names_model) == ("m", True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", b'{"model":"m"}', "input"),
+        ("/v1/embeddings", b'{"model":"m","input":{}}', "input"),
+        ("/v1/embeddings", b'{"model":"m","input":"x","dimensions":0}', "dimensions"),
+        ("/v1/completions", b'{"model":"m","max_tokens":-1}', "max_tokens"),
+        ("/v1/messages", b'{"model":"m"}', "messages"),
+        ("/v1/rerank", b'{"model":[]}', "model"),
+        ("/tokenize", b'{"model":"m","priority":"high"}', "priority"),
+    ],
+)
+def test_wrong_fields_are_named(path: str, body: bytes, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        call(path, body)
+    assert caught.value.param == param

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proxy.server.watchdog import Watchdog
+
+
+class Slow(Exception):
+    pass
+
+
+class Late(Exception):
+    pass
+
+
+async def test_a_wait_over_its_limit_ends_with_that_limits_error() -> None:
+    with pytest.raises(Slow), Watchdog(10, Late()) as watch:
+        watch.limit(0.01, Slow())
+        await asyncio.Event().wait()
+    await asyncio.sleep(0)  # nothing of the cancellation is left over
+
+
+async def test_moving_the_limit_keeps_the_task_alive() -> None:
+    with Watchdog(10, Late()) as watch:
+        for _ in range(5):
+            watch.limit(0.05, Slow())
+            await asyncio.sleep(0.02)
+
+
+async def test_a_shorter_limit_after_a_longer_one_holds() -> None:
+    with pytest.raises(Slow), Watchdog(10, Late()) as watch:
+        watch.limit(5, Late())
+        watch.limit(0.01, Slow())
+        await asyncio.Event().wait()
+
+
+async def test_the_total_limit_cannot_be_moved() -> None:
+    with pytest.raises(Late), Watchdog(0.03, Late()) as watch:
+        while True:
+            watch.limit(5, Slow())
+            await asyncio.sleep(0.01)
+
+
+async def test_a_lifted_limit_does_not_fire() -> None:
+    with Watchdog(10, Late()) as watch:
+        watch.limit(0.01, Slow())
+        watch.lift()
+        await asyncio.sleep(0.03)
+
+
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    async def work() -> None:
+        with Watchdog(10, Late()) as watch:
+            watch.limit(5, Slow())
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancellation_that_comes_with_the_limit_wins() -> None:
+    async def work() -> None:
+        with Watchdog(10, Late()) as watch:
+            watch.limit(0, Slow())
+            loop = asyncio.get_running_loop()
+            task = asyncio.current_task()
+            assert task is not None
+            loop.call_later(0, task.cancel)
+            await asyncio.Event().wait()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(work())
+
+
+async def test_an_error_inside_is_not_replaced() -> None:
+    with pytest.raises(KeyError), Watchdog(10, Late()) as watch:
+        watch.limit(5, Slow())
+        raise KeyError
+    await asyncio.sleep(0)
+
+
+async def test_it_can_be_entered_again_after_it_fired() -> None:
+    watch = Watchdog(0.05, Late())
+    with pytest.raises(Late), watch:
+        await asyncio.Event().wait()
+    with watch:
+        watch.limit(1, Slow())
+        await asyncio.sleep(0.01)
