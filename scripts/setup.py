@@ -307,7 +307,8 @@ def set_up(parts: list[str], progress: Progress) -> None:
             build(progress)
         else:
             pip_install(part, progress)
-    compile_bytecode(progress)
+    if left != ["project"]:
+        compile_bytecode(progress)
     for part in left:
         (STAMPS / part).write_text(digest(part))
     progress.done(f"setup: {', '.join(left)} ready after {time.monotonic() - started:.0f} s")

@@ -27,13 +27,8 @@ LARGEST_BYTES = 1 << 20
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """The files of the commit being made: what git tracks or would take, read from the work tree."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
+    """What git tracks, read from the work tree; a scratch file that is not added yet is nobody's business."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     paths = (ROOT / name for name in listed.stdout.decode().split("\0") if name)
     return tuple(path for path in paths if path.is_file())
 
