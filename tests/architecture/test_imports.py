@@ -88,7 +88,7 @@ def test_the_core_and_all_that_it_leans_on_read_no_clock_wait_for_nothing_and_dr
 
 
 def test_the_scheduler_knows_no_web_server_and_no_metrics() -> None:
-    # The simulated engine is a server: a program that stands where vLLM would, started as a process, imported by nobody.
+    # The simulated engine is a server: it stands where vLLM would, is started as a process and imported by nobody.
     server = "scheduler.engines.simulated_server"
     found = [each for package in PACKAGES for path in sources(package) for each in imports_of(path)]
     banned = ("aiohttp.web", "prometheus_client")
