@@ -35,12 +35,13 @@ class UnreachableError(AdminError):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device, in bytes."""
+    """One device, in bytes. `used` is measured, `held` is what the ledger counts for engines, loads included."""
 
     name: str
     kind: str = ""
     capacity_bytes: int = 0
     used_bytes: int = 0
+    held_bytes: int = 0
     reserved_bytes: int = 0
     foreign_bytes: int = 0
     free_bytes: int = 0

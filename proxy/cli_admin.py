@@ -90,8 +90,10 @@ def show_models(client: AdminClient, as_json: bool) -> None:
 def change(client: AdminClient, model: str, action: str) -> None:
     """Loads or unloads a model: a bar at a terminal, a line for each change elsewhere."""
     steps = client.change(model, action)
-    last = _bar(model, steps) if at_terminal() else _lines(model, steps)
-    click.echo(f"{model}: {last.state or action + ' done'}")
+    if at_terminal():
+        _bar(model, steps)
+    else:
+        _lines(model, steps)
 
 
 def at_terminal() -> bool:
@@ -99,25 +101,22 @@ def at_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def _bar(model: str, steps: Iterable[Step]) -> Step:
+def _bar(model: str, steps: Iterable[Step]) -> None:
     from proxy.cli_views import progress_bar  # noqa: PLC0415 - as above
 
-    step = Step()
     with progress_bar() as bar:
         task = bar.add_task(model, total=1.0, note="")
         for step in steps:
-            bar.update(task, completed=step.progress, note=step.note or step.state)
-    return step
+            bar.update(task, completed=1.0 if step.done else step.progress, note=step.note or step.state)
 
 
-def _lines(model: str, steps: Iterable[Step]) -> Step:
-    shown, step = "", Step()
+def _lines(model: str, steps: Iterable[Step]) -> None:
+    shown = ""
     for step in steps:
         line = f"{model}: {step.state}" + (f", {step.note}" if step.note else "")
-        if line != shown and not step.done:
+        if line != shown:
             click.echo(line)
         shown = line
-    return step
 
 
 def _status_or_reason(client: AdminClient) -> Status | str:

@@ -5,6 +5,7 @@ What the server says goes into `Text`, never into markup: a note with [brackets]
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +19,14 @@ from proxy.admin_client import AdminError, DecisionStatus, DeviceStatus, ModelSt
 from proxy.sizes import format_size
 
 BAR_CELLS: Final = 24
+PIPE_WIDTH: Final = 200
+# how it is run (paths, arguments, environment) is for --json
+PROFILE: Final = {
+    "id": "model", "where": "where", "task": "task", "state": "state", "memory_bytes": "memory",
+    "max_context": "context", "avg_ttft_ms": "ttft ms", "avg_tokens_per_sec": "tokens/s",
+    "supports_streaming": "streams", "supports_tools": "tools", "strengths": "good at", "weaknesses": "bad at",
+    "cost_tier": "cost", "licence": "licence",
+}  # fmt: skip
 DECISIONS: Final = 8
 STYLES: Final = {
     "ready": "green", "loading": "yellow", "draining": "yellow", "stopping": "yellow", "failed": "red", "cold": "dim",
@@ -25,8 +34,9 @@ STYLES: Final = {
 
 
 def console() -> Console:
-    """Standard output, with colours and widths where it is a terminal."""
-    return Console(highlight=False, soft_wrap=False)
+    """Standard output: a terminal as wide as it is, a pipe wide enough for every column."""
+    out = Console(highlight=False)
+    return out if out.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=PIPE_WIDTH)
 
 
 def status_view(status: Status) -> RenderableType:
@@ -56,13 +66,11 @@ def profiles(answer: bytes) -> list[dict[str, Any]]:
 
 def models_view(models: list[dict[str, Any]]) -> RenderableType:
     """The profiles as a table: only columns that at least one model fills."""
-    table = _table()
-    names = list(dict.fromkeys(name for model in models for name, value in model.items() if _cell(name, value)))
-    for name in names:
-        table.add_column(name.removesuffix("_bytes").replace("_", " "), overflow="fold")
+    titles = {name: title for name, title in PROFILE.items() if any(_cell(name, model.get(name)) for model in models)}
+    table = _table(*titles.values())
     for model in models:
-        table.add_row(*(Text(_cell(name, model.get(name))) for name in names))
-    return table if names else Text("no models; add [[models]] to the configuration")
+        table.add_row(*(Text(_cell(name, model.get(name))) for name in titles))
+    return table if models else Text("no models; add [[models]] to the configuration")
 
 
 def progress_bar() -> Progress:
@@ -81,11 +89,12 @@ class _Profiles(msgspec.Struct):
 
 
 def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
-    table = _table("device", "kind", "memory", "used", "of", "reserved", "foreign", "free")
+    table = _table("device", "kind", "memory", "used", "of", "held", "reserved", "foreign", "free")
     for device in devices:
         sizes = (
             device.used_bytes,
             device.capacity_bytes,
+            device.held_bytes,
             device.reserved_bytes,
             device.foreign_bytes,
             device.free_bytes,
@@ -95,12 +104,12 @@ def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
 
 
 def _memory_bar(device: DeviceStatus) -> Text:
-    """Engines' memory, then other people's, then what is free; a device without a capacity has an empty bar."""
+    """Ours, then other people's, then what can still be promised: by the ledger, which knows of loads to come."""
     cell = max(device.capacity_bytes, 1) / BAR_CELLS
-    used = min(BAR_CELLS, round(device.used_bytes / cell))
-    foreign = min(used, round(device.foreign_bytes / cell))
-    bar = Text("#" * (used - foreign), style="green")
-    return bar.append("=" * foreign, style="yellow").append("." * (BAR_CELLS - used), style="dim")
+    taken = min(BAR_CELLS, max(0, round((device.capacity_bytes - device.free_bytes) / cell)))
+    foreign = min(taken, round(device.foreign_bytes / cell))
+    bar = Text("#" * (taken - foreign), style="green")
+    return bar.append("=" * foreign, style="yellow").append("." * (BAR_CELLS - taken), style="dim")
 
 
 def _models(models: tuple[ModelStatus, ...]) -> Table:
@@ -144,10 +153,10 @@ def _cell(name: str, value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, bool):
-        return "yes" if value else ""
+        return "yes" if value else "no"
     if name.endswith("_bytes") and isinstance(value, int):
         return format_size(value)
-    return "" if value is None or value == {} else str(value)
+    return "" if value is None else str(value)
 
 
 def _ago(seconds: float | None) -> str:

@@ -35,7 +35,8 @@ STATUS = {
     "config": "configs/demo.toml",
     "a_key_of_a_newer_server": 1,
     "devices": [
-        {"name": "host", "kind": "host", "capacity_bytes": 8 * GIB, "used_bytes": 4 * GIB, "reserved_bytes": 0,
+        {"name": "host", "kind": "host", "capacity_bytes": 8 * GIB, "used_bytes": 3 * GIB,
+         "held_bytes": 3 * GIB, "reserved_bytes": 0,
          "foreign_bytes": GIB, "free_bytes": 4 * GIB},
     ],
     "models": [
@@ -51,9 +52,9 @@ STATUS = {
 }  # fmt: skip
 MODELS = {
     "models": [
-        {"id": "demo-chat", "backend": "local", "strengths": ["chat"], "memory_bytes": GIB, "supports_tools": False,
-         "licence": None},
-        {"id": "demo-code", "backend": "local", "strengths": [], "memory_bytes": None, "supports_tools": True,
+        {"id": "demo-chat", "where": "local/local", "strengths": ["chat"], "memory_bytes": GIB, "supports_tools": False,
+         "licence": None, "env": {"HF_TOKEN": "not for a table"}},
+        {"id": "demo-code", "where": "local/local", "strengths": [], "memory_bytes": None, "supports_tools": True,
          "licence": None},
     ]
 }  # fmt: skip
@@ -61,6 +62,7 @@ LOAD_STEPS = [
     {"state": "loading", "progress": 0.1, "note": "starting"},
     {"state": "loading", "progress": 0.2, "note": "starting"},
     {"state": "loading", "progress": 0.7, "note": "reading weights"},
+    {"state": "ready", "progress": 1.0, "note": None},
     {"state": "ready", "progress": 1.0, "note": None, "done": True},
 ]
 
@@ -159,7 +161,7 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     assert lines[0] == "vramp 0.1.0 (native), up 1h02m, configs/demo.toml"
     (host,) = [line for line in lines if line.startswith("host ")]
     assert "#########===............" in host
-    assert host.split()[3:] == ["4GiB", "8GiB", "0B", "1GiB", "4GiB"]
+    assert host.split()[3:] == ["3GiB", "8GiB", "3GiB", "0B", "1GiB", "4GiB"]
     (chat,) = [line for line in lines if line.startswith("demo-chat")]
     assert "(pinned)" in chat
     assert "3GiB" in chat
@@ -179,9 +181,9 @@ def test_status_and_models_for_programs_are_what_the_server_said(admin: FakeAdmi
 
 def test_models_shows_only_columns_that_say_something(admin: FakeAdmin) -> None:
     head, _, chat, code = [line.split() for line in admin.run("models").output.splitlines() if line.strip()]
-    assert head == ["id", "backend", "strengths", "memory", "supports", "tools"]
-    assert chat == ["demo-chat", "local", "chat", "1GiB"]
-    assert code == ["demo-code", "local", "yes"]
+    assert head == ["model", "where", "memory", "tools", "good", "at"]
+    assert chat == ["demo-chat", "local/local", "1GiB", "no", "chat"]
+    assert code == ["demo-code", "local/local", "yes"]
 
 
 def test_the_operators_key_is_sent_and_never_an_option(admin: FakeAdmin) -> None:
@@ -288,8 +290,10 @@ def test_load_prints_a_line_for_each_change(admin: FakeAdmin) -> None:
 def test_load_draws_a_bar_at_a_terminal(admin: FakeAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.cli_admin.at_terminal", lambda: True)
     result = admin.run("load", "demo-chat")
-    assert "100%" in result.output
-    assert result.output.splitlines()[-1] == "demo-chat: ready"
+    last = result.output.splitlines()[-1]
+    assert "demo-chat" in last
+    assert "100%" in last
+    assert last.endswith("ready")
 
 
 def test_unload_says_where_it_ended(admin: FakeAdmin) -> None:
