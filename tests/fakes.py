@@ -29,7 +29,8 @@ def chat_answer(text: str = "Hello.", model: str = "m") -> dict[str, Any]:
 
 def chunk(text: str | None, finish: str | None = None) -> bytes:
     delta = {} if text is None else {"content": text}
-    data = {"id": "c", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    data = {"id": "c", "object": "chat.completion.chunk", "choices": [choice]}
     return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
@@ -55,7 +56,7 @@ class FakeUpstream:
     async def __aenter__(self) -> FakeUpstream:
         self._protocol = web.Server(self._handle, handler_cancellation=True)
         self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0)
-        self.base_url = "http://127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -80,7 +81,9 @@ class FakeUpstream:
             raise
 
 
-def plain(body: bytes | None = None, status: int = 200, content_type: str = "application/json", **headers: str) -> Behaviour:
+def plain(
+    body: bytes | None = None, status: int = 200, content_type: str = "application/json", **headers: str
+) -> Behaviour:
     async def behave(request: web.BaseRequest, _: bytes) -> web.StreamResponse:
         data = json.dumps(chat_answer()).encode() if body is None else body
         return web.Response(status=status, body=data, headers={"content-type": content_type, **headers})
@@ -89,7 +92,7 @@ def plain(body: bytes | None = None, status: int = 200, content_type: str = "app
 
 
 def stream(*pieces: bytes, then: Callable[[web.BaseRequest], Awaitable[None]] | None = None) -> Behaviour:
-    """An event stream in these pieces, each its own packet as far as the kernel lets it be; `then` runs before the end."""
+    """An event stream in these pieces, as separate as the kernel lets them be; `then` runs before the end."""
 
     async def behave(request: web.BaseRequest, _: bytes) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
@@ -118,6 +121,13 @@ async def hang(request: web.BaseRequest, _: bytes = b"") -> web.StreamResponse:
     raise AssertionError("unreachable")
 
 
+async def until(holds: Callable[[], bool], timeout_s: float = 4.0) -> None:
+    """Return once something that has no event of its own holds; fail after the limit."""
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
 class FakeWaiting:
     """`scheduler.driver.Waiting`, granted or refused by the test."""
 
@@ -130,7 +140,9 @@ class FakeWaiting:
     def __enter__(self) -> FakeWaiting:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.closed += 1
         self.scheduler.closed.append(self.ticket.id)
 

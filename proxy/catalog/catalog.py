@@ -83,9 +83,7 @@ class Catalog:
         model = group[0].model
         profile: dict[str, object] = {name: getattr(model, name) for name in PROFILE}
         profile["task"] = model.task
-        profile["deployments"] = [
-            {"name": each.name, "backend": each.where, "state": state(each)} for each in group
-        ]
+        profile["deployments"] = [{"name": each.name, "backend": each.where, "state": state(each)} for each in group]
         entry: dict[str, object] = {"id": model_id, "object": "model", "created": created, "owned_by": "vramp"}
         if model.max_context is not None:
             entry["max_model_len"] = model.max_context  # vLLM's word for it, which its clients read

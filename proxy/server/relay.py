@@ -236,4 +236,3 @@ async def _bounded(upstream: Upstream, limit: int) -> bytes:
         if len(body) > limit:
             return b""  # no error envelope is that large
     return bytes(body)
-

@@ -7,7 +7,7 @@ import pytest
 from proxy.dialects.call import Dialect
 from proxy.dialects.endpoints import dialect_of
 from proxy.dialects.envelope import body_for, event_for, read_foreign, retry_headers, status_for
-from proxy.errors import CallError, InvalidRequest, RateLimited, Unavailable, Unauthenticated, UpstreamTimedOut
+from proxy.errors import CallError, InvalidRequest, RateLimited, Unauthenticated, Unavailable, UpstreamTimedOut
 
 
 def test_openais_envelope_has_all_four_keys() -> None:

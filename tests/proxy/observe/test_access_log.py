@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from proxy.observe import access_log
 from proxy.observe.access_log import AccessLog
 from proxy.observe.outcome import Outcome
+from tests.fakes import until
 
 
 def outcome(at: int) -> Outcome:
@@ -21,9 +23,7 @@ def ids(path: Path) -> list[str]:
 
 
 async def written(path: Path, count: int) -> None:
-    async with asyncio.timeout(2):
-        while len(ids(path)) < count:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(ids(path)) >= count)
 
 
 async def test_lines_are_written_in_order_and_all_of_them_at_close(tmp_path: Path) -> None:
@@ -66,10 +66,8 @@ async def test_a_pipe_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypa
     taken = 0
     closing = asyncio.create_task(log.close())
     while not closing.done():
-        try:
+        with contextlib.suppress(BlockingIOError):
             taken += os.read(reader, 1 << 20).count(b"\n")
-        except BlockingIOError:
-            pass
         await asyncio.sleep(0.001)
     taken += os.read(reader, 1 << 20).count(b"\n")
     os.close(reader)

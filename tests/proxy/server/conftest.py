@@ -23,7 +23,7 @@ from proxy.providers.openai import OpenAIProvider
 from proxy.server.handler import Handler
 from proxy.server.http import Limits, Server, start
 from proxy.server.state import State
-from tests.fakes import FakeScheduler, FakeUpstream, plain
+from tests.fakes import FakeScheduler, FakeUpstream, plain, until
 
 
 class CountingLog(AccessLog):
@@ -86,9 +86,7 @@ class Proxy:
     async def start(self) -> None:
         self.configure()
         self.access_log = CountingLog(str(self.log_path))
-        self.handler = Handler(
-            self.state, self.scheduler, self.metrics, self.access_log, residency=lambda _: "ready"
-        )
+        self.handler = Handler(self.state, self.scheduler, self.metrics, self.access_log, residency=lambda _: "ready")
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.address: tuple[str, int] = listening.getsockname()
@@ -106,9 +104,7 @@ class Proxy:
 
     async def lines(self) -> list[dict[str, Any]]:
         """The access log so far."""
-        async with asyncio.timeout(2):
-            while self.log_path.read_bytes().count(b"\n") < self.access_log.taken:
-                await asyncio.sleep(0.001)
+        await until(lambda: self.log_path.read_bytes().count(b"\n") >= self.access_log.taken)
         return [orjson.loads(line) for line in self.log_path.read_bytes().splitlines()]
 
     async def settled(self) -> None:

@@ -306,9 +306,7 @@ async def test_a_stranger_with_a_large_body_is_refused_before_it_is_read(proxy: 
     openai_error(body)
 
 
-async def test_a_bug_of_ours_is_a_500_without_a_traceback(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_bug_of_ours_is_a_500_without_a_traceback(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     proxy.handler.state = msgspec.structs.replace(proxy.state, providers={})
     response = await proxy.chat()
     assert response.status == 500

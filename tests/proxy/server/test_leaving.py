@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from proxy.config import TimeoutsConfig
-from tests.fakes import chunk, hang, stream
+from tests.fakes import chunk, hang, stream, until
 from tests.proxy.server.conftest import Proxy
 
 BODY = b'{"model":"demo-chat","stream":%s,"messages":[{"role":"user","content":"Hi"}]}'
@@ -88,8 +88,7 @@ async def test_an_upload_cut_short_leaves_nothing_behind(proxy: Proxy) -> None:
         b"content-length: 100\r\n\r\nhalf"
     )
     await writer.drain()
-    while not proxy.handler.in_flight:
-        await asyncio.sleep(0)
+    await until(lambda: proxy.handler.in_flight > 0)
     writer.close()
     await proxy.settled()
     await proxy.still_works()
@@ -133,7 +132,7 @@ async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(pr
         await proxy.settled()
     line = (await proxy.lines())[-1]
     assert (line["status"], line["error"]) == (499, "client_stalled")
-    # Two loopback socket pairs (send buffers grow to some MB) and ours; an unbounded buffer would hold gigabytes by then.
+    # Two loopback socket pairs, whose buffers grow to some MB, and ours; without a bound it would be hundreds by then.
     assert flood.sent < 32 << 20
     proxy.configure()
     await proxy.still_works()
@@ -162,6 +161,4 @@ async def test_a_slow_client_slows_only_its_own_stream(proxy: Proxy) -> None:
 
 async def until_still(flood: Flood) -> None:
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(4):
-        while not flood.sent or loop.time() - flood.last_progress < 0.15:
-            await asyncio.sleep(0.02)
+    await until(lambda: flood.sent > 0 and loop.time() - flood.last_progress >= 0.15)
