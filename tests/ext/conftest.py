@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 
-from ext.backend import NAMES
+CLASSES = {
+    "weighted_semaphore": ("Capacity", "WeightedSemaphore"),
+    "fair_queue": ("FairQueue",),
+    "sse": ("EventScanner",),
+    "rate_counters": ("RateCounters",),
+}
 
-# Machines that run these differ tenfold in speed, and a counterexample must be found again by anyone.
-settings.register_profile("ext", deadline=None, derandomize=True, print_blob=True)
+# Machines that run these differ tenfold in speed, and a counterexample must be found again by anyone. The fuzz run of
+# docs/ext.md takes new random input each time and as much as it is told.
+FUZZ = int(os.environ.get("FUZZ", "0"))
+EXAMPLES = FUZZ or 40
+settings.register_profile("ext", deadline=None, derandomize=not FUZZ, print_blob=True, max_examples=EXAMPLES)
 settings.load_profile("ext")
 
 
 def load(kind: str) -> SimpleNamespace:
     """All public classes of one kind of twin; fails, never skips, where the native modules were not built."""
     suffix = "_py" if kind == "pure" else ""
-    modules = [importlib.import_module(f"ext._{name}{suffix}") for name in NAMES]
-    return SimpleNamespace(kind=kind, **{name: value for module in modules for name, value in vars(module).items()})
+    twins = SimpleNamespace(kind=kind)
+    for name, classes in CLASSES.items():
+        module = importlib.import_module(f"ext._{name}{suffix}")
+        for each in classes:
+            setattr(twins, each, getattr(module, each))
+    return twins
 
 
 @pytest.fixture(params=["pure", pytest.param("native", marks=pytest.mark.native)], scope="session")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ext.errors import ClockWentBack, CoreError, NeverFits, NotHeld, NotWaiting
-from tests.ext.conftest import load
+from tests.ext.conftest import EXAMPLES, load
 
 BAD_AMOUNTS = [-1, nan, 1.0, 1 << 63, None, "7"]
 
@@ -332,4 +332,4 @@ def _renumber(answer, number):
 
 
 TestBothSemaphores = pytest.mark.native(BothSemaphores.TestCase)
-TestBothSemaphores.settings = settings(max_examples=60, stateful_step_count=40)
+TestBothSemaphores.settings = settings(max_examples=EXAMPLES, stateful_step_count=40)
