@@ -138,14 +138,15 @@ def _state(model: ModelStatus) -> str:
 
 
 def _decision(decision: DecisionStatus, now_s: float) -> Text:
-    line = Text(f"  {_ago(max(0.0, now_s - decision.t_s)):>7} ago  ", style="dim")
+    line = Text().append(f"  {_ago(max(0.0, now_s - decision.t_s)):>7} ago  ", style="dim")
     return line.append(decision.what, style="bold").append(f": {decision.why}")
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
+    for index, column in enumerate(columns):
+        # a narrow terminal may fold what follows, but a name cut short names nothing
+        table.add_column(column, no_wrap=index == 0)
     return table
 
 

@@ -111,6 +111,8 @@ def _read(path: Path) -> str:
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError([f"{name}: is nested too deeply; no key takes lists in lists"]) from None
     except tomllib.TOMLDecodeError as error:
         found = _AT.fullmatch(str(error))
         if found is None:
@@ -157,10 +159,10 @@ def _simulated(data: dict[str, Any]) -> dict[str, Any]:
 
     Works on the parsed file, before any check: the point is to run where models and engines are missing.
     """
-    local = set()
+    local = []  # not a set: before the checks a name may be anything
     for backend in _entries(data, "backends"):
         if backend.get("kind") in LOCAL_KINDS:
-            local.add(backend.get("name"))
+            local.append(backend.get("name"))
             backend["kind"] = "simulated"
             backend.pop("device", None)
     for model in _entries(data, "models"):

@@ -44,8 +44,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def show(value: object) -> str:
-    """A value as the file has it, cut where it gets long."""
+    """A value as the file has it, on one line, cut where it gets long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isprintable():
+        text = json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -112,7 +114,11 @@ def _tables(section: type[msgspec.Struct], value: object, path: str) -> Iterator
         yield Problem(path, f"is one section; write it with double brackets, [[{path}]]")
         return
     for index, item in enumerate(value):
-        yield from _table(section, item, f"{path}[{label(item, index)}]")
+        here = f"{path}[{label(item, index)}]"
+        if isinstance(item, Mapping):
+            yield from _table(section, item, here)
+        else:
+            yield Problem(here, f"is {show(item)}; write it as a section, [[{path}]]")
 
 
 def _named_tables(section: type[msgspec.Struct], value: object, path: str) -> Iterator[Problem]:
@@ -126,7 +132,7 @@ def _named_tables(section: type[msgspec.Struct], value: object, path: str) -> It
 def label(item: object, index: int) -> str:
     """What people call one entry of a list of sections: its id or name, else its number from 0."""
     named = (item.get("id") or item.get("name")) if isinstance(item, Mapping) else None
-    return named if isinstance(named, str) else str(index)
+    return _plain(named) if isinstance(named, str) else str(index)
 
 
 def unit_of(path: str) -> str:
@@ -263,4 +269,9 @@ def _meaning(annotation: Any) -> str:
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return f"{path}.{_plain(name)}" if path else _plain(name)
+
+
+def _plain(name: str) -> str:
+    """A name in a message: quoted keys may hold anything, and a problem is one line."""
+    return name if name and name.isprintable() else show(name)

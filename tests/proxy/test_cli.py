@@ -174,6 +174,12 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     assert lines[-1] == "5s ago  evict demo-story: demo-code needs 1GiB"
 
 
+def test_a_narrow_terminal_does_not_cut_names(admin: FakeAdmin) -> None:
+    output = admin.run("status", COLUMNS="60").output
+    assert "demo-chat (pinned)" in output
+    assert "demo-code" in output
+
+
 def test_status_and_models_for_programs_are_what_the_server_said(admin: FakeAdmin) -> None:
     assert json.loads(admin.run("status", "--json").output) == STATUS
     assert json.loads(admin.run("models", "--json").output) == MODELS

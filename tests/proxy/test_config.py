@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from proxy.config import Config, ConfigError
+from proxy.config import BackendConfig, Config, ConfigError, ModelConfig, ServerConfig
 from proxy.config_load import Start, default_config, load, load_start, load_text
+from proxy.config_shape import shape_problems
 
+KEYS = sorted(
+    {
+        field.name
+        for kind in (Config, ModelConfig, BackendConfig, ServerConfig)
+        for field in msgspec.structs.fields(kind)
+    }
+)
 LOCAL = """
 [[devices.simulated]]
 name = "sim0"
@@ -200,6 +212,20 @@ def test_a_syntax_error_names_its_line(text: str, problem: str) -> None:
     assert problems_of(text) == [f"x.toml: {problem}; see toml.io for how TOML is written"]
 
 
+def test_a_file_nested_without_end_is_refused() -> None:
+    assert problems_of("a = " + "[" * 5000) == ["x.toml: is nested too deeply; no key takes lists in lists"]
+
+
+def test_junk_is_reported_with_simulated_engines_too() -> None:
+    text = "devices = 3\nmodels = [{ id = 'a', backend = ['b'] }, 3]\nbackends = [{ name = ['b'], kind = 'vllm' }]"
+    assert problems_of(text, engine="simulated") == [
+        "x.toml: devices is 3; write it as a section, [devices]",
+        'x.toml: backends[0].name is ["b"]; use text in quotes',
+        'x.toml: models[a].backend is ["b"]; use text in quotes',
+        "x.toml: models[1] is 3; write it as a section, [[models]]",
+    ]
+
+
 def test_all_problems_are_reported_together_and_in_order() -> None:
     text = "[server]\nlistn = 1\ndrain_s = -1\n[defaults]\nmax_queue = 'many'\n"
     assert problems_of(text) == [
@@ -207,6 +233,27 @@ def test_all_problems_are_reported_together_and_in_order() -> None:
         "x.toml: server.drain_s is -1; use 0 to 86400 seconds",
         'x.toml: defaults.max_queue is "many"; use a whole number',
     ]
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["4GiB", "env:A", "h:1", "vllm"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(), JUNK, max_size=4))
+def test_whatever_the_file_holds_is_refused_in_words_or_fits_the_structs(data: dict[str, Any]) -> None:
+    problems = shape_problems(data)
+    if problems:
+        assert all(len(f"{path} {says}".splitlines()) == 1 for path, says in problems)
+    else:
+        msgspec.convert(data, Config)
 
 
 def test_an_empty_file_is_all_defaults_but_for_the_absolute_state_folder(tmp_path: Path) -> None:
