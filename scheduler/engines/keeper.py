@@ -290,10 +290,10 @@ class Keeper:
             launcher.state, launcher.reason = "ended", f"it {_ended(status)}"
         launcher.child = launcher.channel = None
         self._tell(launcher.describe())
-        if launcher.pending:
-            # It may have forked and not lived to say so: two engines would want one port.
-            self._children.kill_strays(f"launcher:{launcher.name}")
         pending, launcher.pending = launcher.pending, {}
+        if pending:
+            # It may have forked and not lived to say so: two engines would want one port.
+            self._children.kill_strays([f"launcher:{launcher.name}", *(asked["tag"] for asked in pending.values())])
         for asked in pending.values():
             self._spawn_plain(asked, f"its launcher {_ended(status)}")
 

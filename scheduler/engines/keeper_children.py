@@ -116,11 +116,13 @@ class Children:
             else:
                 self._ended_early.clear()
 
-    def kill_strays(self, launcher_tag: str) -> None:
-        """SIGKILL to what this launcher forked without telling us: our orphans with its marks in unknown sessions."""
-        for process in reaper.members(0, self._keeper_tag, launcher_tag):
-            if process.parent == os.getpid() and process.session not in self._by_pid:
-                reaper.kill(process)
+    def kill_strays(self, tags: Iterable[str]) -> None:
+        """SIGKILL to what was forked without our being told: our orphans with these tags in sessions unknown to us."""
+        marks = set(tags)
+        orphans = [process for process in reaper.processes() if process.parent == os.getpid()]
+        for orphan in orphans:
+            if orphan.session not in self._by_pid and reaper.environment(orphan.pid).get(reaper.TAG_VAR) in marks:
+                reaper.kill(orphan)
 
     def sweep(self) -> None:
         """SIGKILL to whatever still carries our tag; returns when nothing does."""

@@ -84,7 +84,7 @@ def keeper_tag(state_dir: str) -> str:
 
 
 def members(session: int, keeper: str, tag: str | None) -> list[Process]:
-    """The processes of a session (0: of none), and those below `keeper` that carry `tag` but left it (setsid).
+    """The processes of a session, and those below `keeper` that carry `tag` but left it (setsid).
 
     Costs a walk through /proc: for the end of a process, not for every request.
     """

@@ -135,6 +135,18 @@ class Supervisor:
         if engine is not None:
             await asyncio.shield(self._end(engine, timeout_s))
 
+    async def gone(self, engine_id: str, within_s: float) -> bool:
+        """Whether the engine has ended, or does within the limit; `on_exit` has then been called."""
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            return True
+        try:
+            async with asyncio.timeout(within_s):
+                await engine.gone.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def adopt(self) -> list[Handle]:
         """The engines that outlived an earlier proxy. They count as ready; probe them, and stop the one that is not."""
         listing = await self._link.list()

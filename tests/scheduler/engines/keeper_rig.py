@@ -139,3 +139,44 @@ class Rig:
             return socket.create_connection(("127.0.0.1", self.port), timeout=4)
         except ConnectionRefusedError:
             return None
+
+
+LENDER = textwrap.dedent(
+    """
+    import os, signal, socket, sys
+    with socket.socket(socket.AF_UNIX) as borrower:
+        borrower.connect(sys.argv[1])
+        socket.send_fds(borrower, [b"k"], [int(os.environ["VRAMP_KEEPER_FD"])])
+    os.close(int(os.environ["VRAMP_KEEPER_FD"]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        signal.pause()
+    """
+)
+
+
+class LendingRig(Rig):
+    """A keeper whose proxy lends its end of the keeper's socket to the test, each proxy anew."""
+
+    def __init__(self, state_dir: Path) -> None:
+        state_dir.mkdir(parents=True)
+        self._meeting = socket.socket(socket.AF_UNIX)
+        self._meeting.bind(str(state_dir / "meet"))
+        self._meeting.listen()
+        self._meeting.settimeout(4)
+        super().__init__(state_dir, proxy=[*python(LENDER), str(state_dir / "meet")])
+
+    def borrow(self) -> socket.socket:
+        """The next proxy's end of the keeper's socket."""
+        lender, _ = self._meeting.accept()
+        with lender:
+            _, descriptors, _, _ = socket.recv_fds(lender, 1, 1)
+        return socket.socket(fileno=descriptors[0])
+
+    def proxy_pid(self) -> int:
+        pids = [process.pid for process in reaper.processes() if process.parent == self.process.pid]
+        return next(pid for pid in pids if reaper.environment(pid).get("VRAMP_TAG") == "proxy")
+
+    def close(self) -> None:
+        super().close()
+        self._meeting.close()

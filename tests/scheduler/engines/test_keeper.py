@@ -124,9 +124,16 @@ def test_sigterm_leaves_nothing_and_exits_with_0(rig: Callable[..., Rig]) -> Non
     assert not any(lives(pid) for pid in pids)
 
 
-def test_a_proxy_that_does_not_drain_in_time_is_ended(rig: Callable[..., Rig]) -> None:
-    kept = rig("--drain-limit", "0.05", proxy=python(f"print('up', flush=True); {STUBBORN}"))
-    time.sleep(0.3)  # nothing to ask: this proxy serves nobody
+def test_a_proxy_that_does_not_drain_in_time_is_ended(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    up = tmp_path / "up"
+    proxy = f"""
+        import pathlib, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pathlib.Path({str(up)!r}).touch()
+        time.sleep(60)
+    """
+    kept = rig("--drain-limit", "0.05", proxy=python(proxy))
+    eventually(up.exists)
     code, said = kept.stop()
     assert code == 1
     assert "did not drain" in said
