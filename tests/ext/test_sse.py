@@ -237,8 +237,7 @@ def test_only_bytes_are_fed(twins, bad):
 def reference(stream, *, withhold_usage):
     """The events of a whole stream, the slow and simple way: what is passed on, and the facts."""
     found = {"events": 0, "output_events": 0, "usage": None, "finish_reason": None, "done": False, "passed": b""}
-    found["passed"] = stream[:3] if stream.startswith(b"\xef\xbb\xbf") else b""
-    event, fields = [], []
+    event, fields = [stream[:3] if stream.startswith(b"\xef\xbb\xbf") else b""], []
     for line in re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z", stream.removeprefix(b"\xef\xbb\xbf")):
         event.append(line)
         text = line.rstrip(b"\r\n")
@@ -265,8 +264,8 @@ def _reference_event(found, event, fields, *, withhold_usage):
         if isinstance(decoded, dict):
             withhold = _reference_chunk(found, decoded) and withhold_usage
     if withhold:
-        comments = re.match(rb"(?::[^\r\n]*(?:\r\n|\r|\n))*", event)
-        event = comments.group()
+        comments = re.match(rb"(?:\xef\xbb\xbf)?(?::[^\r\n]*(?:\r\n|\r|\n))+", event)
+        event = comments.group() if comments else b""
     found["passed"] += event
 
 

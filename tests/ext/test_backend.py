@@ -1,0 +1,67 @@
+import importlib
+import os
+import subprocess
+import sys
+from inspect import getmembers
+
+import pytest
+
+from ext import backend
+from tests.ext.conftest import CLASSES
+
+SHOW = "from ext import backend; print(backend.BACKEND, backend.MODULES['sse'], '|', backend.describe())"
+
+
+def run(code: str, **environment: str) -> str:
+    keep = {name: value for name, value in os.environ.items() if name != "VRAMP_PURE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True, check=True, timeout=20
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.native
+def test_the_native_modules_were_built_and_are_what_runs():
+    assert run(SHOW) == "native native | native"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_the_native_modules_are_compiled_and_typed(name):
+    module = importlib.import_module(f"ext._{name}")
+    assert module.__file__.endswith((".so", ".pyd"))
+    for each in CLASSES[name]:
+        instance = getattr(module, each)(*([1] if each in ("Capacity", "WeightedSemaphore") else []))
+        # Fields in C, not in a dict: what an untyped build of the same source would have.
+        assert not hasattr(instance, "__dict__")
+        with pytest.raises(AttributeError):
+            instance.anything = 1
+        # C arithmetic: a number that no C integer holds is refused, where an untyped build would take it.
+        assert type(vars(type(instance))["__repr__"]).__name__ == "wrapper_descriptor"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_the_twins_have_the_same_public_names(name):
+    pure, native = (importlib.import_module(f"ext._{name}{suffix}") for suffix in ("_py", ""))
+    for each in CLASSES[name]:
+        made = [getattr(m, each)(*([1] if each in ("Capacity", "WeightedSemaphore") else [])) for m in (pure, native)]
+        names = [{n for n, _ in getmembers(twin) if not n.startswith("_")} for twin in made]
+        assert names[0] == names[1]
+
+
+def test_vramp_pure_forces_the_twins_and_says_so():
+    assert run(SHOW, VRAMP_PURE="1") == "pure pure | pure (VRAMP_PURE is set)"
+
+
+@pytest.mark.native
+def test_vramp_pure_0_is_not_pure():
+    assert run(SHOW, VRAMP_PURE="0") == "native native | native"
+
+
+def test_a_missing_module_falls_back_to_its_twin_and_is_named():
+    broken = "import sys; sys.modules['ext._sse'] = None\n" + SHOW
+    answer = run(broken)
+    assert answer.startswith("pure pure | pure in part (sse: not built or not loadable")
+    assert "from ext.sse import EventScanner" not in answer
+    assert run(broken + "\nfrom ext.sse import EventScanner; print(EventScanner.__module__)").endswith("ext._sse_py")
