@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +30,11 @@ def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield make
     for each in made:
-        each.kill()
-        each.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
+        each.wait()
+        if each.stdout is not None:
+            each.stdout.close()
 
 
 def dead_keepers_tag(state_dir: Path) -> str:
@@ -69,9 +74,8 @@ def test_a_group_member_without_a_tag_goes_with_its_group(
     leader = process(dead_keepers_tag(tmp_path), f"{code}; print(1, flush=True); {SLEEP}")
     assert leader.stdout is not None
     leader.stdout.readline()
-    group = eventually(
-        lambda: len(found := [each for each in reaper.processes() if each.group == leader.pid]) == 2 and found
-    )
+    group = [each for each in reaper.processes() if each.group == leader.pid]
+    assert len(group) == 2
     assert len(reaper.reap(str(tmp_path))) == 2
     assert not any(lives(each.pid) for each in group)
 
