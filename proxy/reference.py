@@ -191,7 +191,7 @@ def _comment(text: str) -> list[str]:
 
 
 def _cli_page() -> str:
-    root = click.Context(command_line, info_name="vramp", terminal_width=100)
+    root = click.Context(command_line, info_name="vramp", terminal_width=100, **command_line.context_settings)
     parts = [CLI_HEAD, _help(root)]
     for name, command in command_line.commands.items():
         context = click.Context(command, info_name=name, parent=root, terminal_width=100)
