@@ -168,6 +168,7 @@ class FakeScheduler:
         self.refusal: tuple[RefusalCode, float | None] | None = None
         self.waiting: list[FakeWaiting] = []
         self.closed: list[int] = []
+        self.engine_died = False
         self.submitted = asyncio.Event()
         self._ids = 0
 
@@ -178,6 +179,10 @@ class FakeScheduler:
     @property
     def all_returned_once(self) -> bool:
         return all(each.closed == 1 for each in self.waiting)
+
+    async def lost(self, engine_id: str) -> bool:
+        died, self.engine_died = self.engine_died, False
+        return died
 
     def new_ticket_id(self) -> int:
         self._ids += 1

@@ -77,8 +77,8 @@ class AccessLog:
         closing = False
         while not closing:
             self._wake.wait()
+            self._wake.clear()  # first: whatever comes from now on, a line or the end, wakes us again
             closing = self._closed.wait(FLUSH_S)  # seen before taking, so that the last batch holds every line
-            self._wake.clear()  # also before: a line that comes now wakes us again
             try:
                 self._write_batch()
             except OSError as error:

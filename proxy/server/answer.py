@@ -32,7 +32,17 @@ class ClientStalled(Exception):
 class Answer:
     """One response. Every write waits until the client's connection takes more, within the stall limit."""
 
-    __slots__ = ("_commented", "_dialect", "_outcome", "_request", "_response", "_stall_s", "_watch", "committed")
+    __slots__ = (
+        "_commented",
+        "_dialect",
+        "_outcome",
+        "_request",
+        "_response",
+        "_stall_s",
+        "_watch",
+        "committed",
+        "last",
+    )
 
     def __init__(
         self, request: web.BaseRequest, dialect: Dialect, outcome: Outcome, watch: Watchdog, stall_s: float
@@ -45,6 +55,7 @@ class Answer:
         self._response: web.StreamResponse | None = None
         self._commented = False
         self.committed = False
+        self.last = False  # close the connection afterwards, so that the client comes back to whoever listens then
 
     @property
     def started(self) -> bool:
@@ -136,6 +147,8 @@ class Answer:
         response = self.response
         self._outcome.status = response.status
         response.headers["server"] = "vramp"
+        if self.last:
+            response.force_close()
         await response.prepare(self._request)
 
     async def _send(self, data: bytes) -> None:

@@ -100,6 +100,7 @@ class Handler:
         too_long = UpstreamTimedOut(f"The request took longer than {timeouts.total_s:g} s ([timeouts] total_s).")
         watch = Watchdog(timeouts.total_s, too_long)
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
+        answer.last = self.draining
         tell = answer.fail
         try:
             with watch:
@@ -126,7 +127,6 @@ class Handler:
             raise HeadersTooLarge(f"The headers are larger than {self.state.max_header} bytes ([limits] max_header).")
         route = routes.find(request.method, request.path)
         if route.endpoint is not None and not self.ready:
-            request.protocol.keep_alive(False)
             raise Unavailable("vramp is stopping or not up yet.", code="stopping", retry_after_s=1.0)
         return route
 

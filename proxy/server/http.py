@@ -74,6 +74,8 @@ class Protocol(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Only for what `Handler` itself let through, which is a bug of ours."""
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client went while we wrote: the connection just ends
         log.error("request failed outside its handler: %s", message or exc, exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun already")

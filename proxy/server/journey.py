@@ -67,6 +67,10 @@ class Leases(Protocol):
         """A number no other ticket has."""
         ...
 
+    async def lost(self, engine_id: str) -> bool:
+        """Whether an engine that broke off has died, so that another lease is on another engine."""
+        ...
+
 
 class AttemptFailed(Exception):
     """This candidate could not answer and another may. `error` is what to say if none can."""
@@ -74,6 +78,14 @@ class AttemptFailed(Exception):
     def __init__(self, error: CallError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class EngineBroke(AttemptFailed):
+    """The engine was not there or broke off."""
+
+    def __init__(self, error: CallError, engine_id: str) -> None:
+        super().__init__(error)
+        self.engine_id = engine_id
 
 
 class Journey:
@@ -139,6 +151,17 @@ class Journey:
         if not candidate.deployment.local:
             await self._exchange(call, candidate, relay, None)
             return
+        try:
+            await self._on_engine(call, candidate, relay)
+        except EngineBroke as broke:
+            # It may have died under us, or between the grant and now. Nothing has reached the client and nobody was
+            # charged, so the request is done again on a new engine: once, since it may be what kills engines.
+            if self._answer.committed or not await self._leases.lost(broke.engine_id):
+                raise
+            self._outcome.attempts += 1
+            await self._on_engine(call, candidate, relay)
+
+    async def _on_engine(self, call: Call, candidate: Candidate, relay: Relay) -> None:
         with self._leases.lease(self._ticket(call, candidate)) as waiting:
             try:
                 lease = await self._granted(call, waiting)
@@ -146,7 +169,12 @@ class Journey:
                 raise _refusal(refused) from None
             self._outcome.queue_s += lease.queue_s
             self._outcome.load_s += lease.load_s
-            await self._exchange(call, candidate, relay, lease.base_url)
+            try:
+                await self._exchange(call, candidate, relay, lease.base_url)
+            except AttemptFailed as failure:
+                if isinstance(failure.__cause__, Unreachable | Broken):
+                    raise EngineBroke(failure.error, lease.engine_id) from failure
+                raise
 
     def _ticket(self, call: Call, candidate: Candidate) -> Ticket:
         limit_ms = call.deadline_ms or self._state.deadlines_ms.get(call.latency_class)

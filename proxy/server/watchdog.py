@@ -21,6 +21,7 @@ class Watchdog:
     """
 
     __slots__ = (
+        "_armed_at",
         "_cancelling",
         "_deadline",
         "_error",
@@ -42,6 +43,7 @@ class Watchdog:
         self._error = total_error
         self._expired: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._armed_at = math.inf  # when it fires; uvloop's handles cannot always tell
 
     def __enter__(self) -> Watchdog:
         task = asyncio.current_task()
@@ -67,7 +69,7 @@ class Watchdog:
         """From now on the task may take so long until the next `limit`, or it ends with `error`."""
         self._error = error
         self._deadline = self._loop.time() + seconds
-        if self._timer is None or self._deadline < self._timer.when():
+        if self._deadline < self._armed_at:
             self._arm(min(self._deadline, self._total))
 
     def now(self) -> float:
@@ -81,11 +83,12 @@ class Watchdog:
     def _arm(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._armed_at = when
         self._timer = self._loop.call_at(when, self._look)
 
     def _look(self) -> None:
         due = min(self._deadline, self._total)
-        self._timer = None
+        self._timer, self._armed_at = None, math.inf
         if self._loop.time() < due:
             self._arm(due)
             return

@@ -18,7 +18,7 @@ MODEL = {"model": b'"new"'}
     [
         (b'{"model":"old","x":1}', b'{"model":"new","x":1}'),
         (b'{"x":1,"model":"old"}', b'{"x":1,"model":"new"}'),
-        (b' \n{ "x" : [{"model": 1}] ,\t"model" :\r\n"old" }\n', b' \n{ "x" : [{"model": 1}] ,\t"model" :\r\n"new" }\n'),
+        (b' \n{"x" : [{"model": 1}] ,\t"model" :\r\n"old" }\n', b' \n{"x" : [{"model": 1}] ,\t"model" :\r\n"new" }\n'),
         (b'{"x":{"model":"in"},"model":"old"}', b'{"x":{"model":"in"},"model":"new"}'),
         (b'{"model":"old","x":{"model":"in"}}', b'{"model":"new","x":{"model":"in"}}'),
         (b'{"x":{"model":"in"}}', b'{"model":"new","x":{"model":"in"}}'),

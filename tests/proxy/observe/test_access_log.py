@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import orjson
@@ -98,6 +99,17 @@ async def test_closing_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytes
         os.read(reader, 1 << 20)
         await asyncio.sleep(0.001)
     os.close(reader)
+
+
+async def test_closing_in_the_middle_of_a_batch_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_log, "FLUSH_S", 0.0)
+    for at in range(200):  # the end meets the writer at another point each time
+        log = AccessLog(str(tmp_path / f"log{at}"))
+        log.write(outcome(0))
+        time.sleep(at * 1e-6)
+        await log.close()
+        assert not log._thread.is_alive()
+        assert ids(tmp_path / f"log{at}") == ["r0"]
 
 
 async def test_off_is_off() -> None:

@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 import orjson
 import pytest
+import uvloop
 
 from proxy.catalog.catalog import Catalog
 from proxy.config import BackendConfig, Config, ModelConfig, Secret
@@ -24,6 +25,11 @@ from proxy.server.handler import Handler
 from proxy.server.http import Limits, Server, start
 from proxy.server.state import State
 from tests.fakes import FakeScheduler, FakeUpstream, plain, until
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
+    """The loop that production runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class CountingLog(AccessLog):
@@ -141,7 +147,9 @@ class Proxy:
 
 
 @pytest.fixture
-async def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+async def proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Proxy]:
     monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
     async with FakeUpstream() as upstream, FakeUpstream() as remote:
         proxy = Proxy(upstream, remote, tmp_path / "access.log")
@@ -149,3 +157,4 @@ async def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         yield proxy
         await proxy.stop()
         assert proxy.scheduler.all_returned_once
+        assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []

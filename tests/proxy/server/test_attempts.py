@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from proxy.config import BackendConfig
 from scheduler.model import LatencyClass, RefusalCode
@@ -43,6 +44,28 @@ async def test_an_engine_that_is_gone_is_answered_for_by_the_next(proxy: Proxy) 
     proxy.scheduler.base_url = "http://127.0.0.1:1"
     response = await proxy.chat(model="both")
     assert (response.status, response.headers["x-vramp-backend"]) == (200, "remote/cloud")
+
+
+async def test_a_request_whose_engine_died_is_done_again_on_a_new_one(proxy: Proxy) -> None:
+    proxy.scheduler.engine_died = True
+    dies, answers = stream(b"data: {", then=die), plain()
+
+    async def behave(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        return await (dies if len(proxy.upstream.requests) == 1 else answers)(request, body)
+
+    proxy.upstream.behave = behave
+    response = await proxy.chat()
+    assert (response.status, response.headers["x-vramp-attempts"]) == (200, "2")
+    assert proxy.scheduler.all_returned_once
+
+
+async def test_a_request_that_kills_every_engine_is_not_done_for_ever(proxy: Proxy) -> None:
+    proxy.scheduler.engine_died = True
+    proxy.upstream.behave = stream(b"data: {", then=die)
+    response = await proxy.chat()
+    assert response.status == 502
+    assert len(proxy.scheduler.tickets) == 2
+    await proxy.still_works()
 
 
 async def test_an_engine_that_dies_before_its_first_event_is_answered_for_by_the_next(proxy: Proxy) -> None:

@@ -312,5 +312,6 @@ async def test_a_bug_of_ours_is_a_500_without_a_traceback(proxy: Proxy, caplog: 
     assert response.status == 500
     assert openai_error(await response.read())["code"] == "internal"
     assert response.headers["x-request-id"] in caplog.text
+    caplog.clear()
     proxy.handler.state = proxy.state
     await proxy.still_works()

@@ -54,6 +54,7 @@ async def test_a_drain_finishes_streams_and_refuses_new_calls(proxy: Proxy) -> N
     assert refused.status == 503
     assert refused.headers["x-should-retry"] == "true"
     assert (await refused.json())["error"]["code"] == "stopping"
+    assert refused.headers["connection"] == "close"
     assert not drained.done()
     go.set()
     assert (await response.read()).endswith(DONE)
