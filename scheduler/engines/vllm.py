@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import aiohttp
 
 from scheduler.engines.base import ProbeError, Progress, SpawnSpec
+from scheduler.engines.estimate import default_threads
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
 PROBE_LIMIT_S = 60.0  # the first request may compile; a supervisor with less time cancels
@@ -39,8 +40,8 @@ class VllmKind:
     """How one model runs on vLLM. `path` is its folder, `model` what requests call it.
 
     `device_share` is the part of a GPU, 0 to 1, that must be free at start: the engine's memory over the device's.
-    `threads` is for the CPU; one is fastest for tiny models. `warm` forks from a launcher, unless `env` sets what a
-    fork cannot obey because it is read at import.
+    `threads` is for the CPU; without it the model's size decides. `warm` forks from a launcher, unless `env` sets what
+    a fork cannot obey because it is read at import.
     """
 
     name = "vllm"
@@ -59,7 +60,7 @@ class VllmKind:
         max_sequences: int = 32,
         max_context: int | None = None,
         device_share: float = 0.9,
-        threads: int = 1,
+        threads: int | None = None,
         warm: bool = True,
     ) -> None:
         self._model, self._path, self._python, self._task = model, path, python or sys.executable, task
@@ -89,7 +90,7 @@ class VllmKind:
             yield from ("--gpu-memory-utilization", f"{self._device_share:.4f}")
 
     def _cpu_env(self) -> dict[str, str]:
-        return {**_ON_CPU, "OMP_NUM_THREADS": str(self._threads)}
+        return {**_ON_CPU, "OMP_NUM_THREADS": str(self._threads or default_threads(self._path))}
 
     def progress(self, line: str) -> Progress | None:
         """Reads one log line of a start. A dozen searches in the line."""

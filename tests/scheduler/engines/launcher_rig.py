@@ -112,7 +112,7 @@ class Engine:
 class LauncherRig:
     """Starts the launcher, gives orders, and cleans up. This process is a subreaper meanwhile."""
 
-    def __init__(self, folder: Path, stub: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, stub: Path | None, env: dict[str, str] | None = None) -> None:
         self.folder, self.stub, self.env = folder, stub, env or {}
         self.engines: list[Engine] = []
         self.numbers = iter(range(1, 100))
@@ -166,10 +166,12 @@ def subreaper(*, on: bool) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
 
 
-def start(stub: Path, theirs: socket.socket, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(stub: Path | None, theirs: socket.socket, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The launcher on this stub; None: on the real vLLM."""
+    path = {} if stub is None else {"PYTHONPATH": str(stub)}
     return subprocess.Popen(
         [sys.executable, str(LAUNCHER)],
-        env={**os.environ, **env, "PYTHONPATH": str(stub), "VRAMP_LAUNCHER_FD": str(theirs.fileno())},
+        env={**os.environ, **env, **path, "VRAMP_LAUNCHER_FD": str(theirs.fileno())},
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
     )
