@@ -139,7 +139,7 @@ class Answer:
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self._response = web.StreamResponse(
-            status=status, headers={**headers, **_STREAM_HEADERS, **self._outcome.headers()}
+            status=status, headers={**_STREAM_HEADERS, **headers, **self._outcome.headers()}
         )
         await self._prepare()
 

@@ -55,6 +55,7 @@ class Handler:
         self._ready = ready
         self._created = int(time.time())
         self._in_flight = 0
+        self._watches: set[Watchdog] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -72,6 +73,11 @@ class Handler:
         """Return when no request is in flight."""
         await self._idle.wait()
 
+    def cut_off(self) -> None:
+        """End every request in flight with an error that its client can read."""
+        for watch in self._watches:
+            watch.expire(Unavailable("vramp is stopping; the request was cut off.", code="stopping", retry_after_s=1.0))
+
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request and settle it, however it ends."""
         outcome = _open(request)
@@ -80,12 +86,13 @@ class Handler:
         self._metrics.started()
         try:
             return await self._answered(request, outcome)
-        except (asyncio.CancelledError, ConnectionError, ClientStalled) as gone:
-            outcome.status = LEFT
-            outcome.error = outcome.error or ("client_stalled" if isinstance(gone, ClientStalled) else "client_left")
-            if isinstance(gone, ClientStalled) and request.transport is not None:
+        except ClientStalled:
+            outcome.status, outcome.error = LEFT, "client_stalled"
+            if request.transport is not None:
                 request.transport.abort()  # close() would wait for a buffer that nobody takes
-                raise ConnectionResetError("the client takes nothing") from None
+            raise ConnectionResetError("the client takes nothing") from None
+        except (asyncio.CancelledError, ConnectionError):
+            outcome.status, outcome.error = LEFT, outcome.error or "client_left"
             raise
         finally:
             outcome.duration_s = asyncio.get_running_loop().time() - outcome.started_s
@@ -102,6 +109,7 @@ class Handler:
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
         answer.last = self.draining
         tell = answer.fail
+        self._watches.add(watch)
         try:
             with watch:
                 route = self._admit(request)
@@ -120,6 +128,8 @@ class Handler:
             log.exception("request %s failed in us", outcome.request_id)
             with watch:
                 await answer.fail(CallError("An error of vramp itself; its log has the request id.", code="internal"))
+        finally:
+            self._watches.discard(watch)
         return answer.response
 
     def _admit(self, request: web.BaseRequest) -> Route:

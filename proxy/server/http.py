@@ -7,6 +7,7 @@ lease and the work upstream. aiohttp parses; what its parser refuses is answered
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,6 +26,7 @@ log = logging.getLogger("vramp.server")
 BACKLOG = 4096
 MAX_LINE = 8190
 MAX_HEADERS = 128
+CUT_OFF_S = 1.0  # for the last words to clients at a stop
 LINGER_S = 2.0  # how long a refused client may go on sending before we close on it
 
 
@@ -145,8 +147,13 @@ class Server:
         return True
 
     async def close(self) -> None:
-        """Stop listening and cut every connection that is left. Idempotent."""
+        """Stop listening, end what is left with an error event or a 503, close every connection. Idempotent."""
         self._stop_listening()
+        self._handler.draining = True
+        self._handler.cut_off()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CUT_OFF_S):
+                await self._handler.until_idle()
         self._protocol.pre_shutdown()
         await self._protocol.shutdown(timeout=0.1)
 

@@ -62,6 +62,7 @@ class Watchdog:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         if self._expired is not None and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise self._expired from None
 
@@ -71,6 +72,12 @@ class Watchdog:
         self._deadline = self._loop.time() + seconds
         if self._deadline < self._armed_at:
             self._arm(min(self._deadline, self._total))
+
+    def expire(self, error: Exception) -> None:
+        """End the task with this error, now. Nothing if it is over or ending already."""
+        if self._timer is not None and self._expired is None:
+            self._expired = error
+            self._task.cancel()
 
     def now(self) -> float:
         """The clock that the limits are measured by, in monotonic seconds."""

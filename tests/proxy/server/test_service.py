@@ -6,8 +6,9 @@ import asyncio
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from tests.fakes import DONE, chunk, hang, stream
+from tests.fakes import DONE, chunk, hang, stream, until
 from tests.proxy.server.conftest import Proxy
 
 
@@ -61,15 +62,23 @@ async def test_a_drain_finishes_streams_and_refuses_new_calls(proxy: Proxy) -> N
     assert await drained
 
 
-async def test_a_drain_that_takes_too_long_says_so_and_close_cuts_the_rest(proxy: Proxy) -> None:
+async def test_a_drain_that_takes_too_long_says_so_and_close_tells_the_rest(proxy: Proxy) -> None:
+    async def forever(request: web.BaseRequest) -> None:
+        await hang(request)
+
+    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    streaming = await proxy.chat(stream=True)
+    await streaming.content.readuntil(b"\n\n")
     proxy.upstream.behave = hang
-    call = asyncio.create_task(proxy.chat())
-    await proxy.upstream.arrived.wait()
+    plain = asyncio.create_task(proxy.chat())
+    await until(lambda: len(proxy.upstream.requests) == 2)
     assert not await proxy.server.drain(0.05)
-    await proxy.server.close()
-    with pytest.raises(aiohttp.ClientError):
-        await call
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    closing = asyncio.create_task(proxy.server.close())
+    assert b'"code":"stopping"' in await streaming.read()
+    response = await plain
+    assert (response.status, (await response.json())["error"]["code"]) == (503, "stopping")
+    await closing
+    await until(lambda: proxy.upstream.aborts == 2)
     assert proxy.scheduler.all_returned_once
 
 

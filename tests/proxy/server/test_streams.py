@@ -29,7 +29,7 @@ async def test_a_stream_split_anywhere_comes_back_byte_for_byte(proxy: Proxy, si
     whole = chunk("Grüße, 世界 🙂") + b": a comment\n\n" + chunk("\u2028") + STREAM
     proxy.upstream.behave = stream(*(whole[at : at + size] for at in range(0, len(whole), size)))
     response = await proxy.chat(stream=True, stream_options={"include_usage": True})
-    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert await response.read() == whole
 
 
