@@ -13,7 +13,6 @@ A warm launcher (`scheduler.engines.launcher`) says `{"op": "ready"}` or `{"op":
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import signal
@@ -26,8 +25,8 @@ from collections.abc import Callable
 from scheduler.engines import reaper
 from scheduler.engines.keeper_children import Child, Children, become_subreaper
 from scheduler.engines.keeper_loop import Channel, Loop, Message
+from scheduler.engines.keeper_sockets import bind_all, say, sd_notify
 
-BACKLOG = 4096
 FAST_DEATH_S = 5.0
 FAST_DEATHS_LIMIT = 10
 BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 5.0
@@ -334,53 +333,6 @@ class Keeper:
     def _kill_all(self) -> None:
         for child in self._children:
             self._signal_child(child, signal.SIGKILL)
-
-
-def say(text: str) -> None:
-    """One line on stderr; a keeper whose terminal has gone goes on."""
-    with contextlib.suppress(OSError):
-        print(f"vramp keeper: {text}", file=sys.stderr, flush=True)
-
-
-def sd_notify(state: str) -> None:
-    """Tell systemd, if it asked to be told (Type=notify)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as error:
-            say(f"systemd did not take {state}: {error}")
-
-
-def bind(name: str, address: str) -> list[tuple[str, socket.socket]]:
-    """Listening sockets for HOST:PORT, one for each address that HOST stands for. Raises OSError or ValueError."""
-    host, _, port = address.rpartition(":")
-    sockets: list[tuple[str, socket.socket]] = []
-    found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, kind, protocol, _, where in found:
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
-        sockets.append((name, sock))
-    return sockets
-
-
-def bind_all(wanted: dict[str, list[str]]) -> list[tuple[str, socket.socket]]:
-    """All listening sockets, or SystemExit(2) with a line that names the address."""
-    listeners = []
-    for name, addresses in wanted.items():
-        for address in addresses:
-            try:
-                listeners += bind(name, address)
-            except (OSError, ValueError) as error:
-                say(f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}")
-                sys.exit(2)
-    return listeners
 
 
 def _ended(status: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.engines import keeper, keeper_children, keeper_loop, reaper
+from scheduler.engines import keeper, keeper_children, keeper_loop, keeper_sockets, reaper
 from tests.scheduler.engines.keeper_rig import Rig, eventually, lives, python
 
 SLEEP = "import time; time.sleep(60)"
@@ -235,17 +235,39 @@ def test_sighup_reaches_the_proxy(rig: Callable[..., Rig], tmp_path: Path) -> No
 
 
 def test_a_host_name_in_brackets_is_ipv6() -> None:
-    (name, sock), *rest = keeper.bind("http", "[::1]:0")
+    (name, sock), *rest = keeper_sockets.bind("http", "[::1]:0")
     with sock:
         assert (name, sock.family, sock.getsockname()[0], rest) == ("http", socket.AF_INET6, "::1", [])
 
 
+def test_a_name_may_stand_for_an_address_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
+        lacking = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))
+        return [lacking, (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    ((_, sock),) = keeper_sockets.bind("http", "example:0")
+    with sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolve()[:1])
+    with pytest.raises(OSError, match="Cannot assign requested address"):
+        keeper_sockets.bind("http", "example:0")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:http!", "127.0.0.1:99999", "nobody.invalid:80"])
+def test_an_address_that_cannot_be_is_named(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        keeper_sockets.bind_all({"http": [address]})
+    assert f"cannot listen on {address}: " in capsys.readouterr().err
+
+
 def test_the_keeper_needs_the_standard_library_only() -> None:
     ours = set()
-    for module in (keeper, keeper_children, keeper_loop, reaper):
+    kept = (keeper, keeper_children, keeper_loop, keeper_sockets, reaper)
+    for module in kept:
         tree = ast.parse(Path(str(module.__file__)).read_text())
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             ours |= {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert ours == {"scheduler.engines", "scheduler.engines.keeper_children", "scheduler.engines.keeper_loop"}
+    assert ours == {"scheduler.engines", *(module.__name__ for module in kept[1:4])}
