@@ -270,6 +270,7 @@ class App:
 
     def _profile(self, deployment: Deployment) -> dict[str, Any]:
         profile: dict[str, Any] = msgspec.to_builtins(deployment.model)
+        del profile["env"]  # people put tokens there
         return {**profile, "where": deployment.where, "state": self._residency(deployment)}
 
     def _residency(self, deployment: Deployment) -> str:

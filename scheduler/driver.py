@@ -37,6 +37,7 @@ from scheduler.model import RefusalCode, Residency, Ticket
 log = logging.getLogger("vramp.scheduler")
 
 DECISIONS_KEPT = 50
+DEATH_LIMIT_S = 3.0  # vLLM takes a second and a half to notice that its core has been killed
 
 
 class Refused(Exception):
@@ -98,6 +99,10 @@ class Engines(Protocol):
 
     async def stop(self, engine_id: str, timeout_s: float) -> None:
         """End it; returns when no process of it is left. Idempotent."""
+        ...
+
+    async def gone(self, engine_id: str, within_s: float) -> bool:
+        """Whether the engine has ended, or does within the limit; `on_exit` has then been called."""
         ...
 
     def pids(self, engine_id: str) -> list[int]:
@@ -221,6 +226,13 @@ class Scheduler:
         """Withdraw a ticket or give its lease back."""
         if self._waiting.pop(waiting.ticket.id, None) is not None:
             self._carry_out(self.core.cancel(waiting.ticket.id, self._loop.time()))
+
+    async def lost(self, engine_id: str) -> bool:
+        """Whether an engine that broke off a request has died, so that asking for a lease again finds another.
+
+        The request notices a death first; the keeper says so once the last process has gone.
+        """
+        return await self._engines.gone(engine_id, DEATH_LIMIT_S)
 
     def describe(self, ticket_id: int) -> str:
         """What the ticket waits for, for people."""

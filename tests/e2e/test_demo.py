@@ -246,12 +246,30 @@ def raw(url: str, body: object) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def normal(answer: tuple[int, bytes]) -> tuple[int, bytes]:
-    """Without what differs between two calls of one server: ids and times."""
+def normal(answer: tuple[int, bytes]) -> tuple[int, object]:
+    """Without what differs between two calls of one server: ids, times, and where a stream is cut into chunks."""
     status, body = answer
     body = re.sub(rb'"(id|item_id|request_id)":"[^"]*"', rb'"\1":"-"', body)
     body = re.sub(rb'"(created|created_at|completed_at)":[0-9.]+', rb'"\1":0', body)
-    return status, body
+    return status, chat_stream(body) if body.startswith(b"data: ") else body
+
+
+def chat_stream(body: bytes) -> list[object]:
+    """A chat stream as its text and what else its chunks say.
+
+    vLLM joins tokens into a chunk when its reader is slow, and writes `system_fingerprint` into whichever chunk is the
+    last: the usage chunk, once that has been asked for.
+    """
+    events = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
+    text, rest = "", []
+    for event in events[:-1]:
+        chunk = json.loads(event)
+        chunk.pop("system_fingerprint", None)
+        for choice in chunk["choices"]:
+            text += choice["delta"].pop("content", None) or ""
+        if chunk not in rest:
+            rest.append(chunk)
+    return [text, events[-1], *rest]
 
 
 def test_killing_an_engine_in_mid_stream_ends_that_stream_with_an_error_and_nothing_else(

@@ -48,6 +48,9 @@ class FakeEngines:
     async def stop(self, engine_id: str, timeout_s: float) -> None:
         self.stopped.append(engine_id)
 
+    async def gone(self, engine_id: str, within_s: float) -> bool:
+        return engine_id not in self.let
+
     def pids(self, engine_id: str) -> list[int]:
         return []
 
