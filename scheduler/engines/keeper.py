@@ -84,6 +84,7 @@ class Keeper:
         while len(self._children) or not self._stopping:
             self._loop.turn()
         self._children.sweep()  # what had left its session, or was forked while we stopped
+        self._loop.close()
         return self._code
 
     # -- the proxy ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,15 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
+        self._signals: tuple[socket.socket, ...] = ()
+
+    def close(self) -> None:
+        """Give everything back; signals are no longer heard."""
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+        for sock in self._signals:
+            sock.close()
+        self.selector.close()
 
     def turn(self) -> None:
         """Wait for the next socket, signal or timer, and call what belongs to it."""

@@ -352,7 +352,7 @@ async def test_a_launcher_that_cannot_is_replaced_by_a_plain_start_and_said_once
 async def test_a_simulated_engine_loads_answers_and_crashes_when_asked_to(world: World) -> None:
     kind = SimulatedKind(model="m", memory_bytes=5 << 30, load_s=0.05, ttft_ms=0, tokens_per_s=1e5)
     handle = await world.start(kind)
-    assert world.progress[-1] == Progress(1.0, "loading (simulated)")
+    assert {each.note for each in world.progress} == {"loading (simulated)"}
     assert declared_memory(handle.pid) == 5 << 30
     asked = {"model": "m", "messages": [{"role": "user", "content": "[[fault:crash]]"}], "stream": True}
     async with world.session.post(f"{handle.base_url}/v1/chat/completions", json=asked) as reply:
@@ -362,3 +362,14 @@ async def test_a_simulated_engine_loads_answers_and_crashes_when_asked_to(world:
     assert world.deaths[0][1] == "ended with exit status 70"
     assert world.deaths[0][2][-1] == "simulated crash"
     assert declared_memory(handle.pid) == 0
+
+
+async def test_a_launcher_that_dies_again_and_again_is_given_up(
+    world: World, launcher: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "LAUNCHER_STARTS", 2)
+    launcher("die")
+    for engine_id in ("m-1", "m-2", "m-3"):
+        await world.start(ScriptKind(warm=True), engine_id=engine_id)
+    folder = world.rig.state_dir / "logs" / "launcher"
+    assert len(list(folder.iterdir())) == 2
