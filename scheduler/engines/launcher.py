@@ -25,6 +25,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -190,6 +191,7 @@ def _become_engine(order: Order, theirs: socket.socket, keeper: int, log_fd: int
         reset_signals()
         os.environ.update(order["env"])
         os.environ.pop("VRAMP_LAUNCHER_FD", None)
+        tempfile.tempdir = None  # found out again, in case the order's TMPDIR is another
         if order["cwd"]:
             os.chdir(order["cwd"])
     except OSError as error:

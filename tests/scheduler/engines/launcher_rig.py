@@ -42,7 +42,7 @@ MODULES = {
     "llama_model": "class Model: pass",
     "other_model": "class Model: pass",
     MODULE: """
-        import json, os, signal, socket, sys, time
+        import json, os, signal, socket, sys, tempfile, time
         from vllm.model_executor.models.registry import ModelRegistry
         from vllm.v1.engine import utils
         if __name__ == "__main__":
@@ -53,8 +53,8 @@ MODULES = {
                 core = utils.get_mp_context().Process(target=time.sleep, args=(1000,))
                 core.start()
             said = {
-                "argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "session": os.getsid(0),
-                "parent": os.getppid(),
+                "argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "tmp": tempfile.gettempdir(),
+                "session": os.getsid(0), "parent": os.getppid(),
                 "stdin": os.readlink("/proc/self/fd/0"), "stdout": os.readlink("/proc/self/fd/1"),
                 "core": core and core.pid, "sigterm": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
                 "imported": [name for name, model in ModelRegistry.models.items() if isinstance(model, type)],

@@ -46,6 +46,14 @@ def test_an_order_s_environment_comes_on_top_of_the_launcher_s(tmp_path: Path) -
     assert "VRAMP_LAUNCHER_FD" not in said
 
 
+def test_temporary_files_go_where_the_order_says(tmp_path: Path) -> None:
+    source = "__version__ = '0.32.0'\nimport tempfile\ntempfile.gettempdir()"
+    with LauncherRig(tmp_path, write_stub(tmp_path, vllm=source)) as rig:
+        rig.hear()
+        engine = rig.engine(env={"TMPDIR": str(tmp_path), "REPORT": str(tmp_path / "report")})
+    assert engine.said["tmp"] == str(tmp_path)
+
+
 def test_the_log_is_appended_to(rig: LauncherRig, tmp_path: Path) -> None:
     (tmp_path / "engine.log").write_text("before\n")
     engine = rig.engine()
