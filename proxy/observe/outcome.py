@@ -38,13 +38,13 @@ class Outcome(msgspec.Struct):
     output_tokens: int | None = None
     finish_reason: str | None = None
 
-    def headers(self) -> dict[str, str]:
-        """What is known by now, as response headers. A failed request has no backend that answered."""
+    def headers(self, *, waiting: bool = False) -> dict[str, str]:
+        """What is known by now, as response headers. While still `waiting`, nobody knows yet who will answer."""
         known = {"x-request-id": self.request_id}
         if self.model:
             known["x-vramp-model"] = self.model
             known["x-vramp-class"] = self.latency_class
-        if self.attempts:
+        if self.attempts and not waiting:
             known["x-vramp-backend"] = self.backend
             known["x-vramp-reason"] = self.reason
             known["x-vramp-wait-ms"] = self.wait_ms()

@@ -76,14 +76,14 @@ class Answer:
     async def pass_comment(self, data: bytes) -> None:
         """An upstream's own comment, as it came."""
         if self._response is None:
-            await self._start(200, {})
+            await self._start({}, self._outcome.headers(waiting=True))
         self._commented = True
         await self._send(data)
 
     async def begin_stream(self, headers: Mapping[str, str]) -> None:
         """Send the headers of an event stream, or where comments have gone before, what headers can no longer say."""
         if self._response is None:
-            await self._start(200, headers)
+            await self._start(headers, self._outcome.headers())
         elif self._commented:
             self._commented = False
             known = " ".join(f"{name}={value}" for name, value in self._outcome.headers().items())
@@ -137,10 +137,8 @@ class Answer:
     def _envelope(self, error: CallError) -> bytes:
         return body_for(self._dialect, error, self._outcome.request_id)
 
-    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
-        self._response = web.StreamResponse(
-            status=status, headers={**_STREAM_HEADERS, **headers, **self._outcome.headers()}
-        )
+    async def _start(self, passed: Mapping[str, str], ours: Mapping[str, str]) -> None:
+        self._response = web.StreamResponse(headers={**_STREAM_HEADERS, **passed, **ours})
         await self._prepare()
 
     async def _prepare(self) -> None:

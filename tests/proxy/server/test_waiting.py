@@ -26,13 +26,15 @@ async def test_a_stream_hears_progress_then_its_answer(proxy: Proxy) -> None:
     proxy.upstream.behave = stream()
     response = await proxy.chat(stream=True)
     assert response.status == 200
-    assert "x-vramp-backend" not in response.headers or response.headers["x-vramp-attempts"] == "1"
+    assert response.headers["x-vramp-model"] == "demo-chat"
+    assert not {"x-vramp-backend", "x-vramp-wait-ms", "x-vramp-attempts"} & {name.lower() for name in response.headers}
     for _ in range(3):
         assert await response.content.readexactly(len(PROGRESS)) == PROGRESS
     proxy.scheduler.waiting[0].grant(proxy.upstream.base_url, queue_s=0.25, load_s=3.5)
     rest = (await response.read()).replace(PROGRESS, b"")
     closing, _, answer = rest.partition(b"\n\n")
     assert closing.startswith(b": vramp x-request-id=")
+    assert b"x-vramp-backend=local/engines" in closing
     assert b"x-vramp-wait-ms=queue=250,load=3500,upstream=" in closing
     assert answer == STREAM.replace(USAGE_CHUNK, b"")
 
