@@ -116,7 +116,7 @@ class Supervisor:
                     await self._start(engine, kind, device_env, on_progress)
             except TimeoutError:
                 await self._end_failed(engine, stop_timeout_s)
-                raise EngineExit(f"not ready within {start_timeout_s:.0f} s", self._tail(engine)) from None
+                raise EngineExit(f"not ready within {start_timeout_s:g} s", self._tail(engine)) from None
             except EngineExit:
                 await self._end_failed(engine, stop_timeout_s)
                 if last_try or not _port_was_taken(self._tail(engine)):
@@ -266,7 +266,7 @@ class Supervisor:
                 async with asyncio.timeout(limit_s):
                     await engine.gone.wait()
             except TimeoutError:
-                log.warning("engine %s did not stop within %.0f s: killing it", engine.handle.engine_id, timeout_s)
+                log.warning("engine %s did not stop within %g s: killing it", engine.handle.engine_id, timeout_s)
 
     async def _signal(self, engine: _Engine, number: int) -> bool:
         try:

@@ -185,18 +185,18 @@ async def test_a_program_that_is_not_there_is_named(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "limit_s", "reason"),
     [
-        (ScriptKind("import time; time.sleep(60)"), "not ready within 0 s"),
-        (ScriptKind(STATUS="503"), "not ready within 0 s"),
-        (ScriptKind(STATUS="400"), "it refuses"),
+        (ScriptKind("import time; time.sleep(60)"), 0.3, "not ready within 0.3 s"),
+        (ScriptKind(STATUS="503"), 0.3, "not ready within 0.3 s"),
+        (ScriptKind(STATUS="400"), 4.0, "it refuses"),
     ],
 )
 async def test_an_engine_that_never_serves_is_ended_before_the_start_fails(
-    world: World, kind: ScriptKind, reason: str
+    world: World, kind: ScriptKind, limit_s: float, reason: str
 ) -> None:
     with pytest.raises(EngineExit, match=reason):
-        await world.start(kind, start_timeout_s=0.4)
+        await world.start(kind, start_timeout_s=limit_s)
     assert (await world.link.list()).engines == []
     await world.start()
 
