@@ -251,8 +251,8 @@ def pooled(model: LlamaModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def write_model(name: str, folder: Path, say: Callable[[float], None]) -> None:
     """Make one of the demo's models in an empty folder."""
     logging.disable_progress_bar()  # its bars for a file of 5 MB would cut ours in two
-    # Threads that wait for each other at every small matrix gain a third on an idle machine and lose tenfold on a busy
-    # one (2 threads: over 100 s where 1 took 50).
+    # Threads wait for each other at every small matrix, which a busy machine makes long: at a load of six on two cores
+    # two of them needed over 100 s for a model, one alone 50 s.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if name in CHAT_PAGES:
