@@ -285,3 +285,12 @@ async def test_a_remote_pool_is_bounded_and_its_overflow_refused_at_once(proxy: 
     assert "retry-after" in refused.headers
     go.set()
     assert sorted([(await call).status for call in calls]) == [200] * 5 + [503]
+
+
+async def test_an_engine_that_died_in_mid_stream_is_not_asked_again(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream(chunk("Hel"), then=die)
+    proxy.scheduler.engine_died = True
+    await (await proxy.chat(stream=True)).read()
+    assert len(proxy.scheduler.waiting) == 1
+    assert proxy.scheduler.engine_died
+    await proxy.still_works()
