@@ -162,6 +162,8 @@ class Relay:
                     await self._begin_large(upstream, headers, held)
             self._watch.limit(self._idle_s, self._idle_error)
         body = b"".join(held)
+        if not answer.committed and not _like_json(body) and "content-encoding" not in headers:
+            raise UpstreamFailed(f"The engine of '{self._call.model}' answered with something that is not JSON.")
         self._record_body(body)
         if answer.committed:
             await answer.finish()
@@ -223,6 +225,11 @@ class Relay:
         refused.type = seen.type or ("server_error" if status >= 500 else "invalid_request_error")
         refused.code = seen.code
         return refused
+
+
+def _like_json(body: bytes) -> bool:
+    """Whether it begins as every answer of every path does. A parse would cost, and refuse the NaN that engines write."""
+    return body.lstrip()[:1] in (b"{", b"[")
 
 
 def _first(*values: int | None) -> int | None:
