@@ -52,7 +52,7 @@ async def stats(client: Client) -> dict[str, int]:
 
 
 async def until(client: Client, key: str, count: int) -> None:
-    while (await stats(client))[key] != count:  # noqa: ASYNC110 - it is in another process
+    while (await stats(client))[key] != count:
         await asyncio.sleep(0.005)
 
 
