@@ -145,7 +145,11 @@ class EventScanner:
                 self._end_event(buffer, start, end, after, cuts)
                 start = after
             elif not self._fields and not self._raw:
-                start, self._cut_last = after, False  # a comment between events goes at once: it is a sign of life
+                start, self._cut_last, self._bom = (
+                    after,
+                    False,
+                    0,
+                )  # a comment between events goes at once: it is a sign of life
             self._line = self._seen = after
         self._seen = size
         return start, cuts
@@ -156,6 +160,7 @@ class EventScanner:
             self._first_line = False
             if buffer.startswith(_BOM, line, end):
                 line += len(_BOM)
+                self._bom = len(_BOM)
         carried, self._carried = self._carried, False
         if not self._raw and end - start > self.max_event_bytes:
             self._raw = self.oversized = True
@@ -189,7 +194,9 @@ class EventScanner:
             self._raw = False
         elif self._data_lines:
             one = self._data_lines == 1
-            payload = bytes(buffer[self._data_at : self._data_end]) if one else joined(bytes(buffer[start:end]))
+            payload = (
+                bytes(buffer[self._data_at : self._data_end]) if one else joined(bytes(buffer[start + self._bom : end]))
+            )
             if self._look(payload):
                 cuts.append((start, after))
                 self._cut_last = True
@@ -198,6 +205,7 @@ class EventScanner:
     def _begin(self) -> None:
         self._fields = self._named_error = False
         self._data_at = self._data_end = self._data_lines = 0
+        self._bom = 0  # how many bytes of the event in progress are a byte order mark
 
     def _shift(self, boundary: int, size: int) -> None:
         """Make the offsets relative to the boundary: what came before it has gone."""

@@ -66,16 +66,24 @@ class Capacity:
 
     def fits(self, tokens: int, sequences: int = 1) -> bool:
         """Whether `try_take` would succeed. Both units must fit."""
-        tokens, sequences = _units(tokens, "tokens"), _units(sequences, "sequences")
-        return _fits(tokens, self.free_tokens) and _fits(sequences, self.free_sequences)
+        return self._has_room(_units(tokens, "tokens"), _units(sequences, "sequences"))
 
     def try_take(self, tokens: int, sequences: int = 1) -> bool:
         """Take both units or neither; False when one does not fit."""
         if not self.fits(tokens, sequences):
             return False
+        self._take(tokens, sequences)
+        return True
+
+    def _has_room(self, tokens: int, sequences: int) -> bool:
+        # Nothing of a unit fits even where its capacity was shrunk under its holders: it takes none of what is missing.
+        return (tokens <= self.tokens - self.held_tokens or not tokens) and (
+            sequences <= self.sequences - self.held_sequences or not sequences
+        )
+
+    def _take(self, tokens: int, sequences: int) -> None:
         self.held_tokens += tokens
         self.held_sequences += sequences
-        return True
 
     def give(self, tokens: int, sequences: int = 1) -> None:
         """Give back what `try_take` took."""
@@ -95,11 +103,6 @@ class Capacity:
             f"<Capacity tokens {self.held_tokens}/{self.tokens} held,"
             f" sequences {self.held_sequences}/{self.sequences} held>"
         )
-
-
-def _fits(amount: int, free: int) -> bool:
-    # Nothing of a unit fits even where its capacity was shrunk under its holders: it takes none of what is missing.
-    return amount <= free or amount == 0
 
 
 class SemaphoreStats(NamedTuple):
@@ -210,7 +213,7 @@ class WeightedSemaphore:
         self._check_door(tokens, sequences, priority)
         if not self._may_enter(tokens, sequences, priority):
             return 0
-        self._capacity.try_take(tokens, sequences)
+        self._capacity._take(tokens, sequences)
         self._last_ticket += 1
         self._held[self._last_ticket] = (tokens, sequences)
         self._acquired += 1
@@ -243,7 +246,7 @@ class WeightedSemaphore:
         weight = self._held.pop(ticket, None)
         if weight is None:
             raise NotHeld(f"ticket {ticket} holds nothing")
-        self._capacity.give(*weight)
+        self._capacity._take(-weight[0], -weight[1])
         self._released += 1
         return self._grant()
 
@@ -301,8 +304,9 @@ class WeightedSemaphore:
             raise NeverFits(f"weight {tokens} tokens, {sequences} sequences is above the capacity of {self!r}")
 
     def _may_enter(self, tokens: int, sequences: int, priority: int) -> bool:
-        ahead = any(self._lines[: priority + 1]) if self._waiting else False
-        return not ahead and self._capacity.fits(tokens, sequences)
+        if self._waiting and any(self._lines[: priority + 1]):
+            return False
+        return self._capacity._has_room(tokens, sequences)
 
     def _leave(self, ticket: int) -> _Waiter:
         waiter = self._waiting.pop(ticket)
@@ -311,12 +315,13 @@ class WeightedSemaphore:
 
     def _grant(self) -> list[int]:
         granted: list[int] = []
-        for line in self._lines:
+        for line in self._lines if self._waiting else ():
             while line:
                 ticket, waiter = next(iter(line.items()))
-                if not self._capacity.try_take(waiter.tokens, waiter.sequences):
+                if not self._capacity._has_room(waiter.tokens, waiter.sequences):
                     self._woken += len(granted)
                     return granted
+                self._capacity._take(waiter.tokens, waiter.sequences)
                 self._leave(ticket)
                 self._held[ticket] = (waiter.tokens, waiter.sequences)
                 granted.append(ticket)
