@@ -97,7 +97,7 @@ cdef class EventScanner:
     cdef readonly object usage, first_usage, finish_reason, error
     cdef string _pending
     cdef vector[pair[Py_ssize_t, Py_ssize_t]] _cuts
-    cdef Py_ssize_t _line, _seen, _data_at, _data_end, _data_lines
+    cdef Py_ssize_t _line, _seen, _data_at, _data_end, _data_lines, _bom
     cdef bint _first_line, _after_cr, _cut_last, _raw, _carried, _fields, _named_error
 
     def __cinit__(self, bint withhold_usage=False, Py_ssize_t max_event_bytes=1 << 20):
@@ -186,6 +186,7 @@ cdef class EventScanner:
             elif not self._fields and not self._raw:
                 start = after
                 self._cut_last = False
+                self._bom = 0
             self._line = self._seen = after
         self._seen = size
         return start
@@ -197,6 +198,7 @@ cdef class EventScanner:
             self._first_line = False
             if end - line >= 3 and memcmp(buffer + line, b"\xef\xbb\xbf", 3) == 0:
                 line += 3
+                self._bom = 3
         self._carried = False
         if not self._raw and end - start > self.max_event_bytes:
             self._raw = self.oversized = True
@@ -235,7 +237,7 @@ cdef class EventScanner:
         elif self._data_lines == 1:
             withhold = self._look(buffer + self._data_at, buffer + self._data_end)
         elif self._data_lines:
-            withhold = self._look_joined(joined(PyBytes_FromStringAndSize(buffer + start, end - start)))
+            withhold = self._look_joined(joined(buffer[start + self._bom : end]))
         if withhold:
             self._cuts.push_back(pair[Py_ssize_t, Py_ssize_t](start, after))
             self._cut_last = True
@@ -278,7 +280,7 @@ cdef class EventScanner:
 
     cdef inline void _begin(self) noexcept:
         self._fields = self._named_error = False
-        self._data_at = self._data_end = self._data_lines = 0
+        self._data_at = self._data_end = self._data_lines = self._bom = 0
 
     cdef inline void _shift(self, Py_ssize_t boundary, Py_ssize_t size) noexcept:
         if boundary == size:

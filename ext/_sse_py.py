@@ -62,7 +62,10 @@ class EventScanner:
         self._cut_last = False  # the last event was withheld
         self._raw = False  # the event in progress is oversized: its bytes are gone already
         self._carried = False  # ... and so is the beginning of its unfinished line
-        self._begin()
+        self._fields = False  # the event in progress has lines that are no comments
+        self._named_error = False
+        self._data_at = self._data_end = self._data_lines = 0  # its last data line, and how many it has
+        self._bom = 0  # how many of its bytes are a byte order mark
 
     def feed(self, data: bytes) -> bytes:
         """The bytes to forward now: whole events and comments. The very object `data` when all of it goes and nothing
@@ -204,8 +207,7 @@ class EventScanner:
 
     def _begin(self) -> None:
         self._fields = self._named_error = False
-        self._data_at = self._data_end = self._data_lines = 0
-        self._bom = 0  # how many bytes of the event in progress are a byte order mark
+        self._data_at = self._data_end = self._data_lines = self._bom = 0
 
     def _shift(self, boundary: int, size: int) -> None:
         """Make the offsets relative to the boundary: what came before it has gone."""

@@ -118,6 +118,17 @@ def test_an_event_of_several_data_lines_is_joined(twins):
     assert scanner.events == 1
 
 
+def test_a_byte_order_mark_belongs_to_no_line(twins):
+    for lines in (
+        b'data: {"choices":[],\ndata: "usage":{"a":1}}\n\n',
+        b': hi\ndata: {"choices":[],\ndata: "usage":{"a":1}}\n\n',
+    ):
+        scanner, passed = run(twins, b"\xef\xbb\xbf" + lines)
+        assert (scanner.usage, passed) == (b'{"a":1}', b"\xef\xbb\xbf" + lines)
+    later, _ = run(twins, b'\n\n\xef\xbb\xbfdata: {\ndata: {"choices":[],\ndata:"usage":{"a":1}}\n\n')
+    assert later.usage == b'{"a":1}'  # a mark that is not at the start makes its line a field nobody knows
+
+
 @pytest.mark.parametrize(
     ("stream", "error"),
     [
