@@ -35,10 +35,6 @@ Bench = Callable[[], Measured]
 def best(bench: Bench, rounds: int = ROUNDS) -> float:
     """Nanoseconds per operation in the best of the rounds."""
     figures = []
-    # As in a server that has been running: without other small objects around, CPython would give an arena back to the
-    # system and take it again on every single allocation, which is not what is to be measured.
-    ballast = [[(1 << 40) + i] for i in range(1000)]
-    del ballast[::2]
     for _ in range(rounds):
         gc.collect()
         gc.disable()
