@@ -32,13 +32,13 @@ check:  ## ruff, mypy, cython-lint, architecture
 	@python3 scripts/setup.py --engine none --dev && $(PY) scripts/check.py
 
 bench: dev  ## CPU per request and per chunk, printed
-	@$(PY) loadtests/bench.py
+	@$(PY) -m loadtests.bench
 
 bench-ext: dev  ## native extensions against their Python twins, printed
 	@$(PY) loadtests/bench_ext.py
 
 load: dev  ## locust against a running vramp (HOST=URL)
-	@$(PY) -m locust -f loadtests/locustfile.py --host $(or $(HOST),http://127.0.0.1:8080) --headless -u 20 -r 5 -t 60s
+	@$(PY) -m locust -f loadtests/locustfile.py --host $(or $(HOST),http://127.0.0.1:8080) --headless --only-summary -u 20 -r 5 -t 60s
 
 clean:  ## remove .venv, .models, .state and everything built
 	@rm -rf .venv .models .state build dist *.egg-info ext/*.so ext/*.c ext/*.cpp .mypy_cache .ruff_cache .pytest_cache .hypothesis
