@@ -40,10 +40,12 @@ def extensions() -> list[Extension]:
         shout(f"not built: {error}")
         return []
     modules = [
-        Extension(f"ext._{name}", [f"ext/_{name}.pyx"], language="c++", extra_compile_args=FLAGS, optional=True)
-        for name in NAMES
+        Extension(f"ext._{name}", [f"ext/_{name}.pyx"], language="c++", extra_compile_args=FLAGS) for name in NAMES
     ]
-    return cythonize(modules, build_dir="build/cython", compiler_directives={"language_level": "3"})
+    generated = cythonize(modules, build_dir="build/cython", compiler_directives={"language_level": "3"})
+    for each in generated:
+        each.optional = True  # set here because cythonize makes new extensions and forgets it
+    return generated
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOrSayWhyNot})

@@ -101,8 +101,7 @@ cdef class RateCounters:
         if full_at is None:
             full_at = self._full_at[key] = _Key.__new__(_Key)
             full_at.requests_at = full_at.tokens_at = now
-        cdef double moved = _later(full_at.tokens_at, now) + more * (_WINDOW_S / token_limit)
-        full_at.tokens_at = _later(moved, now)
+        full_at.tokens_at = _later(full_at.tokens_at, now) + more * (_WINDOW_S / token_limit)
 
     def remaining(self, str key not None, double now, requests_per_minute=0, tokens_per_minute=0):
         """What the rate-limit headers say. Changes nothing but the clock."""

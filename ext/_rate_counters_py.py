@@ -102,8 +102,7 @@ class RateCounters:
         full_at = self._full_at.get(key)
         if full_at is None:
             full_at = self._full_at[key] = [now, now]
-        moved = max(full_at[1], now) + (used - reserved) * (WINDOW_S / tokens_per_minute)
-        full_at[1] = max(moved, now)
+        full_at[1] = max(full_at[1], now) + (used - reserved) * (WINDOW_S / tokens_per_minute)
 
     def remaining(self, key: str, now: float, requests_per_minute: int = 0, tokens_per_minute: int = 0) -> Remaining:
         """What the rate-limit headers say. Changes nothing but the clock."""

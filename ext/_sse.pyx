@@ -123,7 +123,7 @@ cdef class EventScanner:
         if not self._raw and size - boundary > self.max_event_bytes:
             self._raw = self.oversized = True
         if self._raw:
-            self._carried = size > self._line or (self._carried and self._line == 0)
+            self._carried = size > self._line
             boundary = size
         self._shift(boundary, size)
         if whole and boundary == size and self._cuts.empty():

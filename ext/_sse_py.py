@@ -85,7 +85,7 @@ class EventScanner:
         if not self._raw and size - boundary > self.max_event_bytes:
             self._raw = self.oversized = True
         if self._raw:
-            self._carried = size > self._line or (self._carried and self._line == 0)
+            self._carried = size > self._line
             boundary = size
         if whole and boundary == size and not cuts:
             self._shift(size, size)

@@ -1,8 +1,10 @@
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from inspect import getmembers
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,19 @@ def test_a_missing_module_falls_back_to_its_twin_and_is_named():
     assert answer.startswith("pure pure | pure in part (sse: not built or not loadable")
     assert "from ext.sse import EventScanner" not in answer
     assert run(broken + "\nfrom ext.sse import EventScanner; print(EventScanner.__module__)").endswith("ext._sse_py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_without_a_compiler_the_build_succeeds_says_so_and_leaves_the_twins(tmp_path):
+    root = Path(backend.__file__).parents[1]
+    shutil.copytree(root / "ext", tmp_path / "ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(root / "setup.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"CC": "/no/compiler", "CXX": "/no/compiler"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "native extensions not built: ext._weighted_semaphore, ext._fair_queue" in done.stderr
+    shown = subprocess.run([sys.executable, "-c", SHOW], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("pure pure | pure in part (weighted_semaphore: not built")

@@ -1,0 +1,336 @@
+# distutils: language = c++
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False, cdivision=True
+"""The native twin of `_body_scan_py.py`, where the theory is.
+
+One pass, which checks the whole grammar of JSON. Inside strings sixteen bytes are looked at together: a prompt is
+mostly one long string.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.string cimport memcmp
+from libcpp.string cimport string
+
+cdef extern from *:
+    """
+    #include <string.h>
+    typedef unsigned char vr_block __attribute__((vector_size(16)));
+
+    /* The first byte from `p` on that is not plain in a JSON string: a quote, a backslash, a control, or not ASCII. */
+    static inline const unsigned char *vr_plain(const unsigned char *p, const unsigned char *end) {
+        while (end - p >= 16) {
+            vr_block v; unsigned long long half[2];
+            memcpy(&v, p, 16);
+            vr_block odd = (vr_block)(v == '"') | (vr_block)(v == 92) | (vr_block)(v < 0x20) | (vr_block)(v > 0x7f);
+            memcpy(half, &odd, 16);
+            if (half[0] | half[1]) break;
+            p += 16;
+        }
+        while (p < end && *p != '"' && *p != 92 && *p >= 0x20 && *p < 0x80) p++;
+        return p;
+    }
+    """
+    const unsigned char* vr_plain(const unsigned char* p, const unsigned char* end) noexcept nogil
+
+ctypedef const unsigned char* Text
+
+cdef enum:
+    MOST_DEPTH = 1024
+    MOST_COPIED = 4096  # a value of ours longer than this is left to the whole decoder
+
+cdef enum Kind:
+    BAD = 0
+    OTHER = 1
+    TEXT = 2
+    ESCAPED_TEXT = 3  # a string with an escape beyond the one-letter ones
+    LIST = 4
+
+
+cdef inline Text _blanks(Text p, Text end) noexcept nogil:
+    while p < end and (p[0] == 32 or p[0] == 10 or p[0] == 13 or p[0] == 9):
+        p += 1
+    return p
+
+
+cdef inline bint _digit(Text p, Text end) noexcept nogil:
+    return p < end and 48 <= p[0] <= 57
+
+
+cdef inline bint _hex(unsigned char c) noexcept nogil:
+    return 48 <= c <= 57 or 97 <= (c | 32) <= 102
+
+
+cdef inline bint _more(Text p) noexcept nogil:
+    return (p[0] & 0xC0) == 0x80
+
+
+cdef Text _multibyte(Text p, Text end) noexcept nogil:
+    """Past one UTF-8 sequence of two to four bytes (Unicode, table 3-7); NULL where it is none."""
+    cdef unsigned char a = p[0], b
+    if end - p < 2:
+        return NULL
+    b = p[1]
+    if 0xC2 <= a <= 0xDF:
+        return p + 2 if _more(p + 1) else NULL
+    if 0xE0 <= a <= 0xEF:
+        if end - p < 3 or not _more(p + 1) or not _more(p + 2):
+            return NULL
+        if (a == 0xE0 and b < 0xA0) or (a == 0xED and b > 0x9F):
+            return NULL
+        return p + 3
+    if 0xF0 <= a <= 0xF4:
+        if end - p < 4 or not _more(p + 1) or not _more(p + 2) or not _more(p + 3):
+            return NULL
+        if (a == 0xF0 and b < 0x90) or (a == 0xF4 and b > 0x8F):
+            return NULL
+        return p + 4
+    return NULL
+
+
+cdef Text _string(Text p, Text end, bint* escaped, bint* coded) noexcept nogil:
+    """Past a string whose opening quote is at `p`; NULL where it is none. `coded`: it holds a \\u escape."""
+    cdef unsigned char c
+    p += 1
+    while True:
+        p = vr_plain(p, end)
+        if p == end:
+            return NULL
+        c = p[0]
+        if c == 34:
+            return p + 1
+        if c >= 0x80:
+            p = _multibyte(p, end)
+            if p == NULL:
+                return NULL
+            continue
+        if c != 92 or end - p < 2:
+            return NULL
+        escaped[0] = True
+        c = p[1]
+        p += 2
+        if c == 117:
+            coded[0] = True
+            if end - p < 4 or not (_hex(p[0]) and _hex(p[1]) and _hex(p[2]) and _hex(p[3])):
+                return NULL
+            p += 4
+        elif not (c == 110 or c == 34 or c == 92 or c == 116 or c == 114 or c == 47 or c == 98 or c == 102):
+            return NULL
+
+
+cdef Text _number(Text p, Text end) noexcept nogil:
+    if p[0] == 45:
+        p += 1
+    if not _digit(p, end):
+        return NULL
+    if p[0] == 48:
+        p += 1
+    else:
+        while _digit(p, end):
+            p += 1
+    if p < end and p[0] == 46:
+        p += 1
+        if not _digit(p, end):
+            return NULL
+        while _digit(p, end):
+            p += 1
+    if p < end and (p[0] | 32) == 101:
+        p += 1
+        if p < end and (p[0] == 43 or p[0] == 45):
+            p += 1
+        if not _digit(p, end):
+            return NULL
+        while _digit(p, end):
+            p += 1
+    return p
+
+
+cdef inline Text _word(Text p, Text end, const char* word, Py_ssize_t size) noexcept nogil:
+    return p + size if end - p >= size and memcmp(p, word, size) == 0 else NULL
+
+
+cdef inline Text _scalar(Text p, Text end) noexcept nogil:
+    if p[0] == 116:
+        return _word(p, end, b"true", 4)
+    if p[0] == 102:
+        return _word(p, end, b"false", 5)
+    if p[0] == 110:
+        return _word(p, end, b"null", 4)
+    return _number(p, end)
+
+
+cdef Text _nested(Text p, Text end, int depth, int most) noexcept nogil:
+    """Past the object or array that opens at `p`, `depth` levels down; NULL where it is none or too deep."""
+    cdef char kinds[MOST_DEPTH]
+    cdef int level = 0
+    cdef bint escaped = False, coded = False, key
+    while True:
+        # a container opens at p
+        if depth + level > most or level >= MOST_DEPTH:
+            return NULL
+        kinds[level] = p[0]
+        level += 1
+        p = _blanks(p + 1, end)
+        if p == end:
+            return NULL
+        if p[0] == kinds[level - 1] + 2:  # "[" and "]", "{" and "}" are two apart
+            p = _closed(p, end, kinds, &level)
+            if p == NULL or level == 0:
+                return p
+        while True:
+            # a member begins at p
+            if kinds[level - 1] == 123:
+                if p == end or p[0] != 34:
+                    return NULL
+                p = _string(p, end, &escaped, &coded)
+                if p == NULL:
+                    return NULL
+                p = _blanks(p, end)
+                if p == end or p[0] != 58:
+                    return NULL
+                p = _blanks(p + 1, end)
+            if p == end:
+                return NULL
+            if p[0] == 91 or p[0] == 123:
+                break
+            p = _string(p, end, &escaped, &coded) if p[0] == 34 else _scalar(p, end)
+            if p == NULL:
+                return NULL
+            p = _closed(_blanks(p, end), end, kinds, &level)
+            if p == NULL or level == 0:
+                return p
+
+
+cdef Text _closed(Text p, Text end, const char* kinds, int* level) noexcept nogil:
+    """From the end of a value to the next member: over closing brackets and one comma. `level` 0: all is closed."""
+    while True:
+        if p == end:
+            return NULL
+        if p[0] == 44:
+            return _blanks(p + 1, end)
+        if p[0] != kinds[level[0] - 1] + 2:
+            return NULL
+        level[0] -= 1
+        p += 1
+        if level[0] == 0:
+            return p
+        p = _blanks(p, end)
+
+
+cdef Text _value(Text p, Text end, int most, Kind* kind) noexcept nogil:
+    """Past a member of the top level."""
+    cdef bint escaped = False, coded = False
+    if p[0] == 34:
+        p = _string(p, end, &escaped, &coded)
+        kind[0] = ESCAPED_TEXT if coded else TEXT
+        return p
+    kind[0] = LIST if p[0] == 91 else OTHER
+    if p[0] == 91 or p[0] == 123:
+        return _nested(p, end, 2, most)
+    return _scalar(p, end)
+
+
+cdef enum:
+    UNWANTED = 0
+    WANTED = 1
+    SHRUNK = 2  # only its type matters
+    SPLICED = 3
+
+
+cdef inline bint _is(Text key, Py_ssize_t size, const char* name, Py_ssize_t name_size) noexcept nogil:
+    return size == name_size and memcmp(key, name, size) == 0
+
+
+cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
+    """What is to be done with a member of the top level."""
+    if size == 5:
+        if _is(key, size, b"model", 5):
+            return SPLICED
+        return SHRUNK if _is(key, size, b"input", 5) else UNWANTED
+    if size == 8:
+        if _is(key, size, b"messages", 8):
+            return SHRUNK
+        return SPLICED if _is(key, size, b"priority", 8) else UNWANTED
+    if size == 14:
+        return SPLICED if _is(key, size, b"stream_options", 14) else UNWANTED
+    if (
+        (size == 6 and memcmp(key, b"stream", 6) == 0)
+        or (size == 1 and key[0] == 110)
+        or _is(key, size, b"max_tokens", 10)
+        or _is(key, size, b"dimensions", 10)
+        or _is(key, size, b"max_output_tokens", 17)
+        or _is(key, size, b"max_completion_tokens", 21)
+    ):
+        return WANTED
+    return UNWANTED
+
+
+cdef object _scan(Text first, Py_ssize_t size, int most):
+    cdef Text end = first + size, p, key, value
+    cdef Py_ssize_t key_size
+    cdef bint escaped, coded = False
+    cdef int rank
+    cdef Kind kind = BAD
+    cdef string short
+    cdef dict spans
+    p = _blanks(first, end)
+    if p == end or p[0] != 123 or most < 1:
+        return None
+    p += 1
+    spans = {"": (p - first, p - first)}
+    while True:
+        p = _blanks(p, end)
+        if p == end or p[0] != 34:
+            return None
+        key = p + 1
+        escaped = False
+        p = _string(p, end, &escaped, &coded)
+        if p == NULL or escaped:
+            return None
+        key_size = p - 1 - key
+        p = _blanks(p, end)
+        if p == end or p[0] != 58:
+            return None
+        value = _blanks(p + 1, end)
+        if value == end:
+            return None
+        p = _value(value, end, most, &kind)
+        if p == NULL:
+            return None
+        rank = _rank(key, key_size)
+        if rank != UNWANTED:
+            if rank == SPLICED:
+                name = (<const char*>key)[:key_size].decode("ascii")
+                if name in spans:
+                    return None
+                spans[name] = (value - first, p - first)
+            short.append(b'{"' if short.empty() else b',"')
+            short.append(<const char*>key, key_size)
+            short.append(b'":')
+            if rank == SHRUNK and kind == LIST:
+                short.append(b"[]")
+            elif rank == SHRUNK and kind == TEXT:
+                short.append(b'""')
+            elif p - value <= MOST_COPIED:
+                short.append(<const char*>value, p - value)
+            else:
+                return None
+        p = _blanks(p, end)
+        if p == end:
+            return None
+        if p[0] == 44:
+            p += 1
+            continue
+        if p[0] != 125 or _blanks(p + 1, end) != end:
+            return None
+        short.append(b"{}" if short.empty() else b"}")
+        return PyBytes_FromStringAndSize(short.data(), short.size()), spans
+
+
+def scan(body not None, int max_depth):
+    """See the pure twin."""
+    cdef bytes held
+    cdef const unsigned char[::1] view
+    if isinstance(body, bytes):
+        held = body
+        return _scan(<Text>PyBytes_AS_STRING(held), PyBytes_GET_SIZE(held), min(max_depth, MOST_DEPTH))
+    view = body
+    return _scan(&view[0], view.shape[0], min(max_depth, MOST_DEPTH)) if view.shape[0] else None

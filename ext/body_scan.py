@@ -1,0 +1,16 @@
+"""The body scan: native where it was built, else the pure twin. Interface and theory: `ext/_body_scan_py.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ext._body_scan_py import Span, Spans
+
+if TYPE_CHECKING:
+    from ext._body_scan_py import scan
+else:
+    from ext import backend
+
+    scan = backend.module("body_scan").scan
+
+__all__ = ["Span", "Spans", "scan"]
