@@ -163,9 +163,7 @@ class App:
             alive = launch is not None and await self._answers(launch.kind, handle.base_url)
             if alive:
                 log.info("took over %s", handle.engine_id)
-                self._scheduler.adopt(
-                    handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision
-                )
+                self._scheduler.adopt(handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision)
             else:
                 await self._supervisor.stop(handle.engine_id, 5.0)
 
@@ -316,7 +314,9 @@ async def serve(start: Start) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        app = App(start, loaded, secrets_of(loaded.config, loaded.base_dir, loaded.source), KeeperLink.from_environment())
+        app = App(
+            start, loaded, secrets_of(loaded.config, loaded.base_dir, loaded.source), KeeperLink.from_environment()
+        )
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

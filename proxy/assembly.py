@@ -1,5 +1,6 @@
-"""From the configuration to the scheduler's values: which devices there are, what each local model needs, how its engine
-is started. Reads model folders; does nothing on its own.
+"""From the configuration to the scheduler's values: devices, what each local model needs, how its engine is started.
+
+Reads model folders; does nothing on its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Local(msgspec.Struct, frozen=True):
 
 
 def devices_of(config: Config) -> list[Device]:
-    """The memory that engines of this configuration may use. Raises ConfigError when a backend's device is not there."""
+    """The memory that engines of this configuration may use."""
     kinds = {backend.kind for backend in config.backends}
     devices = config.devices
     return discover(

@@ -83,7 +83,8 @@ def show_models(client: AdminClient, as_json: bool) -> None:
         return
     from proxy.cli_views import console, models_view, profiles  # noqa: PLC0415 - as above
 
-    console().print(models_view(profiles(answer)))
+    out = console()
+    out.print(models_view(profiles(answer), out.width))
 
 
 @_failing_plainly

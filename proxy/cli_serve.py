@@ -112,6 +112,7 @@ def _samples(models: Sequence[ModelConfig]) -> list[ModelConfig]:
 
 def _curl(config: Config, url: str, model: ModelConfig) -> str:
     prompt = model.sample_prompt or "Hello!"
+    body: dict[str, object]
     if model.task == "embed":
         path, body = "embeddings", {"model": model.id, "input": prompt}
     else:

@@ -27,6 +27,8 @@ PROFILE: Final = {
     "supports_streaming": "streams", "supports_tools": "tools", "strengths": "good at", "weaknesses": "bad at",
     "cost_tier": "cost", "licence": "licence",
 }  # fmt: skip
+CHIEF: Final = ("id", "where", "task", "state", "memory_bytes", "max_context", "cost_tier")
+WIDE: Final = 160
 DECISIONS: Final = 8
 STYLES: Final = {
     "ready": "green", "loading": "yellow", "draining": "yellow", "stopping": "yellow", "failed": "red", "cold": "dim",
@@ -64,9 +66,10 @@ def profiles(answer: bytes) -> list[dict[str, Any]]:
         raise AdminError("the server does not answer as vramp's operators' API does; name its admin_listen") from None
 
 
-def models_view(models: list[dict[str, Any]]) -> RenderableType:
-    """The profiles as a table: only columns that at least one model fills."""
-    titles = {name: title for name, title in PROFILE.items() if any(_cell(name, model.get(name)) for model in models)}
+def models_view(models: list[dict[str, Any]], width: int) -> RenderableType:
+    """The profiles as a table: only columns that at least one model fills, and on a narrow terminal the chief ones."""
+    shown = PROFILE if width >= WIDE else {name: PROFILE[name] for name in CHIEF}
+    titles = {name: title for name, title in shown.items() if any(_cell(name, model.get(name)) for model in models)}
     table = _table(*titles.values())
     for model in models:
         table.add_row(*(Text(_cell(name, model.get(name))) for name in titles))
@@ -89,18 +92,21 @@ class _Profiles(msgspec.Struct):
 
 
 def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
-    table = _table("device", "kind", "memory", "used", "of", "held", "reserved", "foreign", "free")
-    for device in devices:
-        sizes = (
-            device.used_bytes,
-            device.capacity_bytes,
-            device.held_bytes,
-            device.reserved_bytes,
-            device.foreign_bytes,
-            device.free_bytes,
-        )
-        table.add_row(Text(device.name), Text(device.kind), _memory_bar(device), *map(format_size, sizes))
-    return table
+    rows = [
+        {
+            "device": Text(device.name),
+            "kind": Text(device.kind),
+            "memory": _memory_bar(device),
+            "of": _size(device.capacity_bytes),
+            "held": _size(device.held_bytes),
+            "used": _size(device.used_bytes),
+            "reserved": _size(device.reserved_bytes),
+            "foreign": _size(device.foreign_bytes),
+            "free": _size(device.free_bytes),
+        }
+        for device in devices
+    ]
+    return _filled(rows)
 
 
 def _memory_bar(device: DeviceStatus) -> Text:
@@ -113,23 +119,22 @@ def _memory_bar(device: DeviceStatus) -> Text:
 
 
 def _models(models: tuple[ModelStatus, ...]) -> Table:
-    table = _table("model", "state", "device", "memory", "in flight", "waiting", "eta", "idle", "loads", "note")
-    for model in models:
-        memory = model.measured_bytes or model.memory_bytes
-        idle = None if model.in_flight else model.last_used_s
-        table.add_row(
-            Text(model.id + (" (pinned)" if model.pinned else "")),
-            Text(_state(model), style=STYLES.get(model.state, "")),
-            Text(model.device or ""),
-            "" if memory is None else format_size(memory),
-            str(model.in_flight),
-            str(model.waiting),
-            _ago(model.eta_s),
-            _ago(idle),
-            str(model.loads),
-            Text(model.note or ""),
-        )
-    return table
+    rows = [
+        {
+            "model": Text(model.id + (" (pinned)" if model.pinned else "")),
+            "state": Text(_state(model), style=STYLES.get(model.state, "")),
+            "device": Text(model.device or ""),
+            "memory": _size(model.measured_bytes or model.memory_bytes),
+            "running": Text(str(model.in_flight)),
+            "waiting": Text(str(model.waiting)),
+            "eta": Text(_ago(model.eta_s)),
+            "idle": Text(_ago(None if model.in_flight else model.last_used_s)),
+            "loads": Text(str(model.loads)),
+            "note": Text(model.note or ""),
+        }
+        for model in models
+    ]
+    return _filled(rows)
 
 
 def _state(model: ModelStatus) -> str:
@@ -142,11 +147,24 @@ def _decision(decision: DecisionStatus, now_s: float) -> Text:
     return line.append(decision.what, style="bold").append(f": {decision.why}")
 
 
+def _size(size: int | None) -> Text:
+    return Text(format_size(size) if size else "")
+
+
+def _filled(rows: list[dict[str, Text]]) -> Table:
+    """The rows as a table of the columns that say anything: on 80 columns an empty one costs a name its end."""
+    names = [name for name in (rows[0] if rows else {}) if any(row[name].plain for row in rows)]
+    table = _table(*names)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        # a narrow terminal may fold what follows, but a name cut short names nothing
-        table.add_column(column, no_wrap=index == 0)
+        # a narrow terminal folds long words of the columns that follow, but a name cut short names nothing
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
     return table
 
 

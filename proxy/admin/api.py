@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import orjson
 from aiohttp import web
 
+from proxy.gate.origin import loopback_name
 from scheduler.driver import Scheduler
 from scheduler.model import Residency
 
@@ -72,7 +73,7 @@ class Admin:
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
             return _error(403, f"requests from pages of {origin} are refused: the admin API serves its own pages only")
-        if _bound_to_loopback(request) and not _loopback_name(request.host):
+        if _bound_to_loopback(request) and not loopback_name(request.host):
             return _error(403, f"host {request.host!r} is refused on a loopback listener; use 127.0.0.1 or localhost")
         if request.path in ("/healthz", "/readyz"):
             return None
@@ -156,13 +157,3 @@ def _knows(keys: tuple[str, ...], header: str) -> bool:
 def _bound_to_loopback(request: web.Request) -> bool:
     sockname = request.transport.get_extra_info("sockname") if request.transport is not None else None
     return sockname is not None and ipaddress.ip_address(sockname[0]).is_loopback
-
-
-def _loopback_name(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

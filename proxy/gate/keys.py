@@ -11,7 +11,8 @@ import hmac
 from collections.abc import Iterable, Mapping
 
 from proxy.config_secrets import NamedKey
-from proxy.errors import Unauthenticated
+from proxy.errors import Forbidden, Unauthenticated
+from proxy.gate.origin import loopback_name
 
 LOCAL_TENANT = "local"
 
@@ -37,12 +38,15 @@ class Keys:
         return len(self._known)
 
     def authenticate(self, headers: Mapping[str, str]) -> str:
-        """The tenant: the key's name. Raises `Unauthenticated`; the message never repeats what was sent.
+        """The tenant: the key's name. Raises `Unauthenticated`, or `Forbidden` for another host's name on loopback; the
+        message never repeats what was sent.
 
         The dict finds a candidate in time that depends on the digest, not on the key: nobody who guesses can choose
         digests, so timing tells nothing. `compare_digest` then looks at the whole digest.
         """
         if not self._known:
+            if not loopback_name(headers.get("host", "localhost")):
+                raise Forbidden("Without api_keys this server answers to localhost only; configure [server] api_keys.")
             return LOCAL_TENANT
         key = extract(headers)
         if key is None:

@@ -228,7 +228,7 @@ class Relay:
 
 
 def _like_json(body: bytes) -> bool:
-    """Whether it begins as every answer of every path does. A parse would cost, and refuse the NaN that engines write."""
+    """Whether it begins as every answer does. A parse would cost more, and refuse the NaN that engines write."""
     return body.lstrip()[:1] in (b"{", b"[")
 
 

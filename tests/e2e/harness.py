@@ -39,7 +39,12 @@ class Served:
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                argv, cwd=state_dir, env={**env, "PYTHONPATH": str(REPO)}, stdout=log, stderr=log, start_new_session=True
+                argv,
+                cwd=state_dir,
+                env={**env, "PYTHONPATH": str(REPO)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._seen: set[psutil.Process] = set()
 

@@ -1,4 +1,4 @@
-"""The main job on real engines: four models, room for two, five minutes of mixed calls by the official SDK, then faults.
+"""The main job on real engines: four models, room for two, five minutes of mixed calls by the SDK, then faults.
 
 One server for the whole file, in the order written: each test leaves it serving.
 """
@@ -18,7 +18,6 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -214,7 +213,9 @@ def test_the_curl_lines_we_print_get_the_right_sentences(demo: Served) -> None:
 
 
 def test_a_model_behind_vramp_answers_as_the_bare_engine_does(demo: Served) -> None:
-    demo.ask("/v1/chat/completions", {"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1})
+    demo.ask(
+        "/v1/chat/completions", {"model": "demo-chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    )
     engine = demo.model("demo-chat")["base_url"]
     question = [{"role": "user", "content": page("demo-chat")[0][0]}]
     calls: list[tuple[str, dict[str, Any]]] = [
@@ -222,7 +223,13 @@ def test_a_model_behind_vramp_answers_as_the_bare_engine_does(demo: Served) -> N
         ("/v1/chat/completions", {"messages": question, "temperature": 0, "max_tokens": 40, "stream": True}),
         (
             "/v1/chat/completions",
-            {"messages": question, "temperature": 0, "max_tokens": 9, "stream": True, "stream_options": {"include_usage": True}},
+            {
+                "messages": question,
+                "temperature": 0,
+                "max_tokens": 9,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
         ),
         ("/v1/completions", {"prompt": "What is", "temperature": 0, "max_tokens": 12, "logprobs": 1}),
         ("/v1/messages", {"messages": question, "max_tokens": 12, "temperature": 0}),
@@ -232,8 +239,8 @@ def test_a_model_behind_vramp_answers_as_the_bare_engine_does(demo: Served) -> N
         ("/v1/chat/completions", {"messages": question, "max_tokens": 10**9}),
         ("/v1/chat/completions", {"messages": [{"role": "no such role"}]}),
     ]
-    for path, body in calls:
-        body = {"model": "demo-chat", **body}
+    for path, fields in calls:
+        body = {"model": "demo-chat", **fields}
         assert normal(raw(demo.url + path, body)) == normal(raw(engine + path, body)), path
 
 
@@ -305,7 +312,8 @@ def test_killing_the_proxy_loses_no_engine_and_no_client_that_connects_meanwhile
     os.kill(proxy, signal.SIGKILL)
     with socket.create_connection(("127.0.0.1", demo.port), timeout=20) as meanwhile:
         body = json.dumps(ask).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         meanwhile.sendall(head.encode() + body)
         assert meanwhile.recv(15) == b"HTTP/1.1 200 OK"
     assert demo.proxy_pid() != proxy

@@ -87,7 +87,9 @@ memory_bytes = "1900MiB"
 id = "script"
 backend = "scripts"
 memory_bytes = "100MiB"
-command = [PYTHON, "-m", "scheduler.engines.simulated_server", "--port", "${PORT}", "--model", "script", "--load-s", "0.1"]
+command = [
+    PYTHON, "-m", "scheduler.engines.simulated_server", "--port", "${PORT}", "--model", "script", "--load-s", "0.1",
+]
 
 [[models]]
 id = "no-such-program"
@@ -121,9 +123,7 @@ def refusal(served: Served, model: str, **more: Any) -> tuple[int, dict[str, Any
 def stream(served: Served, model: str, **more: Any) -> list[str]:
     """The whole stream, an entry for each event or comment."""
     body = json.dumps({"model": model, "messages": QUESTION, "stream": True, "max_tokens": 5, **more}).encode()
-    request = urllib.request.Request(
-        served.url + "/v1/chat/completions", body, {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(served.url + "/v1/chat/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         return [event for event in answer.read().decode().split("\n\n") if event]

@@ -161,7 +161,7 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     assert lines[0] == "vramp 0.1.0 (native), up 1h02m, configs/demo.toml"
     (host,) = [line for line in lines if line.startswith("host ")]
     assert "#########===............" in host
-    assert host.split()[3:] == ["3GiB", "8GiB", "3GiB", "0B", "1GiB", "4GiB"]
+    assert host.split()[3:] == ["8GiB", "3GiB", "3GiB", "1GiB", "4GiB"]
     (chat,) = [line for line in lines if line.startswith("demo-chat")]
     assert "(pinned)" in chat
     assert "3GiB" in chat

@@ -108,7 +108,7 @@ async def test_ten_thousand_messages_are_fine(proxy: Proxy) -> None:
 
 async def test_a_declared_large_body_is_refused_unread(proxy: Proxy) -> None:
     status, body = await proxy.raw(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 999999999999\r\n\r\n"
     )
     assert status == 413
@@ -170,14 +170,14 @@ async def test_an_unknown_coding_is_a_415(proxy: Proxy) -> None:
     ids=["one huge header", "many large headers", "too many headers"],
 )
 async def test_huge_headers_are_a_431_or_400_in_an_envelope(proxy: Proxy, head: bytes) -> None:
-    status, body = await proxy.raw(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n")
+    status, body = await proxy.raw(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n")
     assert status in (400, 431)
     openai_error(body)
     await proxy.still_works()
 
 
 async def test_a_huge_request_line_is_a_431(proxy: Proxy) -> None:
-    status, body = await proxy.raw(b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+    status, body = await proxy.raw(b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert status == 431
     openai_error(body)
     await proxy.still_works()
@@ -188,11 +188,12 @@ async def test_a_huge_request_line_is_a_431(proxy: Proxy) -> None:
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello over TLS\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n"
         b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nna me: x\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nna me: x\r\n\r\n",
     ],
     ids=["TLS", "bad version", "two lengths", "length and chunks", "odd coding", "space in a name"],
 )
@@ -206,7 +207,7 @@ async def test_what_is_not_http_is_a_400_in_an_envelope(proxy: Proxy, data: byte
 async def test_a_body_that_does_not_arrive_is_a_408(proxy: Proxy) -> None:
     proxy.configure(timeouts=TimeoutsConfig(read_body_s=0.05))
     status, body = await proxy.raw(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 100\r\n\r\nhalf"
     )
     assert status == 408
@@ -218,8 +219,8 @@ async def test_a_body_that_does_not_arrive_is_a_408(proxy: Proxy) -> None:
 async def test_a_body_with_expect_is_asked_for(proxy: Proxy) -> None:
     reader, writer = await asyncio.open_connection(*proxy.address)
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n"
-        b"content-length: %d\r\n\r\n" % len(GOOD)
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+        b"content-type: application/json\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(GOOD)
     )
     assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(GOOD)
@@ -299,7 +300,7 @@ async def test_keys_are_asked_for_when_there_are_any(proxy: Proxy) -> None:
 async def test_a_stranger_with_a_large_body_is_refused_before_it_is_read(proxy: Proxy) -> None:
     proxy.configure(keys=("right",))
     status, body = await proxy.raw(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 1000000\r\n\r\n"
     )
     assert status == 401

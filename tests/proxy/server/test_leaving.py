@@ -20,7 +20,7 @@ async def connect(proxy: Proxy, *, streaming: bool) -> tuple[asyncio.StreamReade
     reader, writer = await asyncio.open_connection(*proxy.address)
     body = BODY % (b"true" if streaming else b"false")
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
     return reader, writer
@@ -84,7 +84,7 @@ async def test_leaving_a_remote_call_cancels_it_too(proxy: Proxy) -> None:
 async def test_an_upload_cut_short_leaves_nothing_behind(proxy: Proxy) -> None:
     _, writer = await asyncio.open_connection(*proxy.address)
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 100\r\n\r\nhalf"
     )
     await writer.drain()
@@ -126,7 +126,7 @@ async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(pr
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client, proxy.address)
         body = BODY % b"true"
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
         await asyncio.wait_for(proxy.upstream.aborted.wait(), 3)
         await proxy.settled()
@@ -145,7 +145,7 @@ async def test_a_slow_client_slows_only_its_own_stream(proxy: Proxy) -> None:
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client, proxy.address)
         body = BODY % b"true"
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
         await proxy.upstream.arrived.wait()
         await until_still(flood)

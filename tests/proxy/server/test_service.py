@@ -123,7 +123,8 @@ async def test_every_request_has_one_line_and_one_count(proxy: Proxy) -> None:
 async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
     reader, writer = await asyncio.open_connection(*proxy.address)
     writer.write(
-        b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\nGET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     )
     answers = await reader.read()
     assert answers.index(b" 200 ") < answers.index(b" 404 ")
