@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +47,7 @@ class Handle(msgspec.Struct, frozen=True):
     revision: str
     port: int
     log_path: str
+    tmp_dir: str = ""
     pid: int = 0
     started_s: float = 0.0
 
@@ -109,7 +112,8 @@ class Supervisor:
         """
         path = logs.new_log(self._log_dir, model, engine_id)
         for last_try in (False, True):
-            handle = Handle(engine_id, model, device, kind.name, revision, _free_port(), str(path))
+            tmp_dir = tempfile.mkdtemp(prefix="vramp-")  # not in our own folder: sockets' paths end at 107 bytes
+            handle = Handle(engine_id, model, device, kind.name, revision, _free_port(), str(path), tmp_dir)
             engine = self._enter(handle)
             try:
                 async with asyncio.timeout(start_timeout_s):
@@ -205,7 +209,7 @@ class Supervisor:
             spawned = await self._link.spawn(
                 handle.engine_id,
                 spec.argv,
-                spec.env,
+                {**spec.env, "TMPDIR": handle.tmp_dir},
                 cwd=spec.cwd,
                 log=handle.log_path,
                 meta=msgspec.to_builtins(handle),
@@ -292,6 +296,9 @@ class Supervisor:
     def _forget(self, engine: _Engine) -> None:
         self._engines.pop(engine.handle.engine_id, None)
         engine.gone.set()
+        if engine.handle.tmp_dir:
+            # vLLM leaves sockets and files behind however it ends: a swap a minute would fill /tmp in a month
+            asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, engine.handle.tmp_dir, True)
 
     def _why(self, engine: _Engine) -> str:
         if engine.ending is not None:

@@ -152,6 +152,16 @@ async def test_an_engine_starts_serves_and_is_gone_after_its_stop(world: World) 
     await world.start()
 
 
+async def test_what_an_engine_leaves_in_its_temporary_folder_goes_with_it(world: World) -> None:
+    handle = await world.start(ScriptKind(SERVE.replace("print(", "open(os.environ['TMPDIR'] + '/socket', 'x'); print(")))
+    left = Path(handle.tmp_dir)
+    assert (left / "socket").exists()
+    await world.supervisor.stop(handle.engine_id, 5.0)
+    async with asyncio.timeout(4):
+        while left.exists():
+            await asyncio.sleep(0.01)
+
+
 async def test_a_child_that_ignores_sigterm_is_gone_after_a_stop(world: World) -> None:
     await world.start(ScriptKind(f"{FAMILY}{SERVE}"))
     tail = world.supervisor.log_tail("m-1")
