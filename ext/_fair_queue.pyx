@@ -3,8 +3,9 @@
 """The native twin of `_fair_queue_py.py`, which is its specification.
 
 Tickets live in one vector, tenants' lines in another. A ticket stands in two doubly linked lists through the tickets
-(its line's bucket, its class's arrivals), a line in its class's binary heap and knows its place there, so nothing is ever
-searched for and nothing goes stale. Only ticket numbers are hashed, and only tickets with a deadline are in a tree.
+(its line's bucket, its class's arrivals), a line in its class's binary heap and knows its place there, so nothing is
+ever searched for and nothing goes stale. Only ticket numbers are hashed, and only tickets with a deadline are in a
+tree.
 """
 
 from cpython.long cimport PyLong_AsLongLong

@@ -63,7 +63,7 @@ cdef class RateCounters:
         return len(self._full_at)
 
     def reserve(self, str key not None, tokens, double now, requests_per_minute=0, tokens_per_minute=0):
-        """Take one request and `tokens` from the key's limits: 0.0, or the seconds after which both would be allowed."""
+        """Take one request and `tokens` from the key's limits: 0.0, or the seconds until both would be allowed."""
         cdef double requests_at, tokens_at, wait_s = 0.0
         cdef _Key full_at
         cdef int64 cost = _count(tokens, "tokens")

@@ -2,8 +2,8 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False, cdivision=True
 """The native twin of `_sse_py.py`, which is its specification.
 
-A memory scan finds the line ends, another the colons of a payload; at a colon the last letter of the key tells in most cases
-that it is none of ours. Refused: searching the payload once for each key, which is eight scans instead of one.
+A memory scan finds the line ends, another the colons of a payload; at a colon the last letter of the key tells in most
+cases that it is none of ours. Refused: searching the payload once for each key, which is eight scans instead of one.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE

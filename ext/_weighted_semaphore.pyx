@@ -134,13 +134,13 @@ cdef class WeightedSemaphore:
     cdef readonly int64 waiting
 
     def __cinit__(self, tokens, sequences=_MAX_UNITS, classes=1):
-        cdef int i
+        cdef int _
         cdef Line empty
         if not 1 <= classes <= _MAX_CLASSES:
             raise ValueError(f"classes is {classes}; use 1 to {_MAX_CLASSES}")
         self._capacity = Capacity(tokens, sequences)
         empty.head = empty.tail = _NONE
-        for i in range(classes):
+        for _ in range(classes):
             self._lines.push_back(empty)
         self._now = -_INF
 
@@ -207,7 +207,7 @@ cdef class WeightedSemaphore:
         return slot.ticket
 
     def park(self, tokens, sequences=1, priority=0, double deadline_s=_INF):
-        """A ticket that waits its turn, until `deadline_s` on the clock of `expire`. Only after `try_acquire` said 0."""
+        """A ticket that waits its turn, until `deadline_s` on the clock of `expire`; after `try_acquire` said 0."""
         cdef int64 want_tokens = _units(tokens, "tokens"), want_sequences = _units(sequences, "sequences")
         cdef int line = self._line(priority)
         self._refuse_above(want_tokens, want_sequences)
@@ -268,7 +268,7 @@ cdef class WeightedSemaphore:
         return expired, self._grant() if expired else []
 
     def resize(self, tokens, sequences=_MAX_UNITS):
-        """Set the capacity: the tickets granted by growth, and the waiting ones refused because they cannot fit."""
+        """Set the capacity: the tickets granted by growth, and the waiting ones refused as they cannot fit."""
         cdef list refused = []
         cdef int64 old_tokens = self._capacity.tokens, old_sequences = self._capacity.sequences
         cdef size_t i
