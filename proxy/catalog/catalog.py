@@ -56,6 +56,7 @@ class Catalog:
             name = _unique_name(model, taken)
             taken.add(name)
             self._groups.setdefault(model.id, []).append(Deployment(name, model, backends[model.backend]))
+        self._defaults = {task: self._only_one_for(task) for task in Task}
 
     @property
     def ids(self) -> list[str]:
@@ -72,6 +73,9 @@ class Catalog:
 
     def default_for(self, task: Task) -> str | None:
         """The model meant by a request that names none: the only one that serves the task, if there is only one."""
+        return self._defaults[task]
+
+    def _only_one_for(self, task: Task) -> str | None:
         serving = [name for name, group in self._groups.items() if any(each.serves(task) for each in group)]
         return serving[0] if len(serving) == 1 else None
 

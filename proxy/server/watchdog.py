@@ -10,6 +10,9 @@ import asyncio
 import math
 from types import TracebackType
 
+# A timer costs more than all the rest of a limit, and most requests are over by then: no limit below arms another one.
+FIRST_LOOK_S = 1.0
+
 
 class Watchdog:
     """Cancels the task inside its `with` block when a limit passes, and raises that limit's error instead.
@@ -53,8 +56,9 @@ class Watchdog:
         self._cancelling = task.cancelling()
         self._expired = None
         self._deadline = math.inf
-        self._total = self._loop.time() + self._total_s
-        self._arm(self._total)
+        now = self._loop.time()
+        self._total = now + self._total_s
+        self._arm(min(self._total, now + FIRST_LOOK_S))
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from proxy.server import watchdog
 from proxy.server.watchdog import Watchdog
 
 
@@ -106,3 +107,25 @@ async def test_it_can_be_entered_again_after_it_fired() -> None:
     with watch:
         watch.limit(1, Slow())
         await asyncio.sleep(0.01)
+
+
+async def test_a_short_request_arms_one_timer_whatever_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+    arm = Watchdog._arm
+    monkeypatch.setattr(Watchdog, "_arm", lambda self, when: (armed.append(when), arm(self, when)))
+    with Watchdog(3600, Late()) as watch:
+        for seconds in (300, 120, 60):
+            watch.limit(seconds, Slow())
+    assert len(armed) == 1
+
+
+async def test_a_limit_beyond_the_first_look_still_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "FIRST_LOOK_S", 0.005)
+
+    async def work() -> None:
+        with Watchdog(10, Late()) as watch:
+            watch.limit(0.02, Slow())
+            await asyncio.Event().wait()
+
+    with pytest.raises(Slow):
+        await work()
