@@ -163,6 +163,12 @@ cdef class FairQueue:
             tuple([self._classes[i].waiting for i in range(self._class_count)]),
         )
 
+    def head(self):
+        """Whose turn it is at the time of the last call; None when nobody waits."""
+        cdef bint aged = False
+        cdef int i = self._next(self._now, True, &aged)
+        return None if i == NONE else self._tickets[i].id
+
     def counter(self, str tenant not None, latency_class):
         """The tenant's virtual token counter in the class: what it was charged, or was lifted to. 0 if unknown."""
         line = (<dict>self._tenants[self._class(latency_class)]).get(tenant)
@@ -188,6 +194,7 @@ cdef class FairQueue:
         double deadline_s=_INF,
         expected_output=0,
         prefix=0,
+        overdue_s=None,
     ):
         """Let a ticket wait."""
         cdef int klass = self._class(latency_class)
@@ -199,6 +206,9 @@ cdef class FairQueue:
             raise ValueError(f"expected_output is {expected}; use 0 to {_MAX_WEIGHT} tokens")
         if deadline_s != deadline_s:
             raise ValueError("deadline_s is NaN; use seconds on the clock of now")
+        entry.overdue_s = now + self._classes[klass].patience_s if overdue_s is None else <double>overdue_s
+        if overdue_s is not None and entry.overdue_s != entry.overdue_s:
+            raise ValueError("overdue_s is NaN; use seconds on the clock of now")
         entry.id = PyLong_AsLongLong(ticket)
         entry.prefix = PyLong_AsLongLong(prefix)
         if self._by_id.count(entry.id):
@@ -207,7 +217,6 @@ cdef class FairQueue:
         self._check_door(entry.tokens, entry.sequences)
         self._now = now
         entry.line = self._line_of(klass, tenant)
-        entry.overdue_s = now + self._classes[klass].patience_s
         entry.deadline_s = deadline_s
         entry.bucket = _bucket(expected) if self.shortest_first else 0
         entry.passed = 0

@@ -228,6 +228,13 @@ class FairQueue:
             tuple(len(klass.arrivals) for klass in self._classes),
         )  # fmt: skip
 
+    def head(self) -> int | None:
+        """Whose turn it is at the time of the last call, whether it fits or not; None when nobody waits. Changes
+        nothing. O(1) amortised.
+        """
+        ticket, _ = self._next(self._now, ageing=True)
+        return None if ticket is None else ticket.id
+
     def counter(self, tenant: str, latency_class: int) -> int:
         """The tenant's virtual token counter in the class: what it was charged, or was lifted to. 0 if unknown."""
         line = self._class(latency_class).lines.get(tenant)
@@ -255,12 +262,14 @@ class FairQueue:
         deadline_s: float = inf,
         expected_output: int = 0,
         prefix: int = 0,
+        overdue_s: float | None = None,
     ) -> None:
         """Let a ticket wait. `ticket` is any integer that does not wait yet, `prefix` names a shared prompt prefix (0:
         none).
 
         `tokens` and `sequences` are its weight, both above 0; `expected_output` (tokens) matters with `shortest_first`
-        only.
+        only. `overdue_s` is from when it is overdue, on the clock of `now`, instead of its class's patience from now;
+        of each class only the oldest ticket is looked at, so it should not fall from one arrival to the next.
         """
         klass = self._class(latency_class)
         tokens, sequences = _above_zero(tokens, "tokens"), _above_zero(sequences, "sequences")
@@ -268,13 +277,15 @@ class FairQueue:
             raise ValueError(f"expected_output is {expected_output}; use 0 to {MAX_WEIGHT} tokens")
         if isnan(deadline_s):
             raise ValueError("deadline_s is NaN; use seconds on the clock of now")
+        if overdue_s is not None and isnan(overdue_s):
+            raise ValueError("overdue_s is NaN; use seconds on the clock of now")
         if index(ticket) in self._tickets:
             raise ValueError(f"ticket {ticket} waits already")
         self._check_clock(now)
         self._check_door(tokens, sequences)
         self._now = now
         entry = _Ticket(ticket, klass.line(tenant), tokens, sequences, index(prefix))
-        entry.overdue_s = now + klass.patience_s
+        entry.overdue_s = now + klass.patience_s if overdue_s is None else float(overdue_s)
         entry.bucket = min(expected_output.bit_length(), BUCKETS - 1) if self.shortest_first else 0
         if deadline_s != inf:
             entry.deadline_s = deadline_s

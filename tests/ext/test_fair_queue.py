@@ -99,6 +99,34 @@ def test_every_fourth_grant_goes_to_the_longest_overdue(twins):
     assert queue.stats().aged == 2
 
 
+def test_a_ticket_may_bring_its_own_moment_of_being_overdue(twins):
+    queue = twins.FairQueue(patience_s=(100.0, 100.0), ageing_share=1)
+    queue.push(1, "a", 10, 0.0, latency_class=1, overdue_s=2.0)
+    queue.push(2, "a", 10, 0.0, latency_class=1, overdue_s=inf)
+    queue.push(3, "a", 10, 0.0, latency_class=0)
+    assert queue.take(PLENTY, 1, 2.0) == [1]
+    assert queue.take(PLENTY, 2, 99.0) == [3, 2]
+    with pytest.raises(ValueError, match="overdue_s is NaN"):
+        queue.push(4, "a", 10, 99.0, latency_class=0, overdue_s=nan)
+    assert 4 not in queue
+
+
+def test_the_head_is_whoever_the_next_take_looks_at_first(twins):
+    queue = twins.FairQueue(patience_s=(100.0, 1.0), ageing_share=2, max_passes=0)
+    assert queue.head() is None
+    queue.push(1, "a", 90, 0.0, latency_class=1)
+    queue.push(2, "a", 10, 0.0, latency_class=0)
+    queue.push(3, "b", 10, 0.0, latency_class=0)
+    order = []
+    for now in (5.0, 5.0, 5.0):
+        queue.take(0, 0, now)
+        assert queue.head() == queue.head()
+        order.append(queue.head())
+        assert queue.take(PLENTY, 1, now) == order[-1:]
+    assert order == [2, 1, 3]
+    assert queue.head() is None
+
+
 def test_the_shortest_first_order_cannot_starve_a_long_ticket(twins):
     queue = twins.FairQueue(shortest_first=True, patience_s=(1.0,), ageing_share=4)
     queue.push(999, "a", 10, 0.0, latency_class=0, expected_output=100_000)
@@ -308,9 +336,11 @@ class BothQueues(RuleBasedStateMachine):
         tenant=st.sampled_from(TENANTS), tokens=st.integers(1, 21), sequences=st.integers(1, 3),
         latency_class=st.integers(0, 2), patience=st.one_of(st.none(), st.integers(0, 9)),
         expected_output=st.integers(0, 5000), prefix=st.integers(0, 2), seconds=st.integers(0, 1),
+        overdue_in=st.one_of(st.none(), st.integers(-1, 9)),
     )  # fmt: skip
-    def push(self, tenant, tokens, sequences, patience, seconds, **rest):
+    def push(self, tenant, tokens, sequences, patience, seconds, overdue_in, **rest):
         now = self.now + seconds
+        rest["overdue_s"] = None if overdue_in is None else now + overdue_in
         deadline = inf if patience is None else now + patience
         ticket = self.last_ticket + 1
         answer = self.both("push", ticket, tenant, tokens, now, sequences, deadline_s=deadline, **rest)
@@ -374,6 +404,8 @@ class BothQueues(RuleBasedStateMachine):
             pure, native = self.queues
             assert pure.stats() == native.stats()
             assert repr(pure) == repr(native)
+            assert pure.head() == native.head()
+            assert (pure.head() is None) == (not self.waiting)
             for tenant in TENANTS:
                 assert [pure.counter(tenant, k) for k in range(3)] == [native.counter(tenant, k) for k in range(3)]
 
