@@ -1,41 +1,69 @@
-"""What waits for one model: latency classes, FIFO inside a class, cancel in O(1).
+"""What waits for one model, and who of it is let into its engine next.
 
-The semaphore of an engine only counts (`ext.weighted_semaphore.Capacity`); tickets wait here. A head that does not fit
-keeps its place: nobody behind it passes, else a large request could starve behind small ones for ever.
+The semaphore of an engine only counts (`ext.weighted_semaphore.Capacity`); tickets wait here, in an
+`ext.fair_queue.FairQueue`: latency classes, inside a class tenants by what they have been charged
+(`scheduler.fairness`), inside a tenant first come, first served. Grants are made in one call for all that fits.
+
+A head that does not fit keeps its place: the room that frees is kept for it and nobody passes, else a large request
+could starve behind small ones for ever. A ticket that is overdue goes out of turn, but only every `AGEING_SHARE`-th
+grant is such a one: under a flood everybody is overdue, and then order of arrival would be all that counts and whoever
+floods would have what he wants.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from math import inf
 
+from ext.fair_queue import FairQueue
+from ext.weighted_semaphore import Capacity
+from scheduler.backlog import Backlog
+from scheduler.fairness import Fairness, Line
 from scheduler.model import LatencyClass, Ticket
+
+AGEING_SHARE = 4
+MOST_WAITING = 1 << 20  # a queue's own limit; what a model lets wait is a setting of its own
+MOST_TOKENS = 1 << 40
 
 
 class Waiting:
-    """A ticket in the queue. `order` grows with every arrival; `since_s` is when it came."""
+    """A ticket in the queue. `order` grows with every arrival; `since_s` is when it came, `due_s` until when it is on
+    time, `overdue_s` from when it may go out of turn. `tokens` is what it is charged, and holds in the engine."""
 
-    __slots__ = ("order", "since_s", "ticket")
+    __slots__ = ("due_s", "order", "overdue_s", "since_s", "ticket", "tokens")
 
-    def __init__(self, ticket: Ticket, order: int, since_s: float) -> None:
+    def __init__(
+        self, ticket: Ticket, order: int, since_s: float, due_s: float, overdue_s: float, tokens: int = 1
+    ) -> None:
         self.ticket = ticket
         self.order = order
         self.since_s = since_s
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller goes first: class, then arrival."""
-        return (self.ticket.latency_class, self.order)
+        self.due_s = due_s
+        self.overdue_s = overdue_s
+        self.tokens = tokens
 
 
 class WaitQueue:
-    """Tickets by class, each class in order of arrival. push, remove, head and pop are O(1)."""
+    """Tickets by class, tenant and arrival. `take` is O(log n) for each ticket that it lets in, push and remove
+    O(log n), the rest O(1) where it says nothing else.
 
-    __slots__ = ("_classes", "_length")
+    The same tickets are in `_fair`, which knows their order, in `_classes` by class in order of arrival, in `backlog`
+    as numbers, and in `_fairness` by tenant.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_classes", "_fair", "_fairness", "_length", "_now", "backlog")
+
+    def __init__(self, fairness: Fairness | None = None) -> None:
         # OrderedDict, not dict: the head of a dict that loses its head again and again is found in O(n)
         self._classes: tuple[OrderedDict[int, Waiting], ...] = tuple(OrderedDict() for _ in LatencyClass)
+        self._fair = FairQueue(
+            MOST_WAITING, patience_s=(0.0,) * len(LatencyClass), ageing_share=AGEING_SHARE, max_passes=0
+        )
+        self._fairness = fairness if fairness is not None else Fairness()
         self._length = 0
+        self._now = -inf
+        self.backlog = Backlog()
 
     def __len__(self) -> int:
         return self._length
@@ -45,39 +73,105 @@ class WaitQueue:
         return f"<WaitQueue {counts or 'empty'}>"
 
     def push(self, waiting: Waiting) -> None:
-        """Join the end of one's class."""
-        self._classes[waiting.ticket.latency_class][waiting.ticket.id] = waiting
+        """Join the end of one's tenant's line."""
+        ticket = waiting.ticket
+        waiting.tokens = max(1, min(waiting.tokens, MOST_TOKENS))
+        self._fair.push(
+            ticket.id,
+            ticket.tenant,
+            waiting.tokens,
+            self._clock(waiting.since_s),
+            latency_class=ticket.latency_class,
+            overdue_s=waiting.overdue_s,
+        )
+        self._classes[ticket.latency_class][ticket.id] = waiting
         self._length += 1
+        self._fairness.waits(ticket.tenant, self._fair, ticket.latency_class)
+        self.backlog.add(waiting.since_s, waiting.due_s)
+
+    def take(self, capacity: Capacity, now: float) -> list[Waiting]:
+        """Everybody who goes now, in order; their weights have been taken from the capacity and charged.
+
+        An engine where nobody is takes the head, however large it looks: its weight is an estimate, and the capacity
+        may have been made smaller since it came.
+        """
+        out = []
+        for ticket_id in self._fair.take(capacity.free_tokens, capacity.free_sequences, self._clock(now)):
+            waiting = self._find(ticket_id)
+            self._forget(waiting)
+            capacity.try_take(waiting.tokens)
+            out.append(waiting)
+            self._charge_elsewhere(waiting)
+        if not out and self._length and not capacity.held_sequences:
+            waiting = self._find(self._fair.head())
+            self.remove(waiting.ticket)
+            waiting.tokens = min(waiting.tokens, capacity.tokens)
+            if capacity.try_take(waiting.tokens):
+                out.append(waiting)
+                self.charge(waiting.ticket, waiting.tokens)
+            else:
+                self.push(waiting)
+        return out
 
     def head(self) -> Waiting | None:
-        """Who is next."""
-        for tickets in self._classes:
-            for waiting in tickets.values():
-                return waiting
-        return None
+        """Whose turn it is."""
+        ticket_id = self._fair.head()
+        return None if ticket_id is None else self._find(ticket_id)
+
+    def heads(self) -> list[Waiting]:
+        """Who has waited longest in every class that waits."""
+        return [next(iter(tickets.values())) for tickets in self._classes if tickets]
+
+    def overdue_since(self) -> float:
+        """When the first of those who wait becomes, or became, overdue."""
+        return min((head.overdue_s for head in self.heads()), default=inf)
 
     def remove(self, ticket: Ticket) -> Waiting | None:
-        """Take out a ticket wherever it stands; None when it is not here."""
-        waiting = self._classes[ticket.latency_class].pop(ticket.id, None)
+        """Take out a ticket wherever it stands, uncharged; None when it is not here."""
+        waiting = self._classes[ticket.latency_class].get(ticket.id)
         if waiting is not None:
-            self._length -= 1
+            self._fair.cancel(ticket.id)
+            self._forget(waiting)
         return waiting
 
     def drain(self) -> list[Waiting]:
-        """Everybody, in order; the queue is empty afterwards. O(n)."""
+        """Everybody, by class and arrival; the queue is empty afterwards. O(n log n)."""
         everybody = [waiting for tickets in self._classes for waiting in tickets.values()]
-        for tickets in self._classes:
-            tickets.clear()
-        self._length = 0
+        for waiting in everybody:
+            self.remove(waiting.ticket)
         return everybody
+
+    def charge(self, ticket: Ticket, tokens: int) -> None:
+        """Add to what the ticket's tenant has been charged, here and wherever else it waits. Below 0 gives back."""
+        self._fairness.charge(ticket.tenant, self._fair, ticket.latency_class, _bounded(tokens))
+
+    def charged(self, tenant: str, latency_class: LatencyClass) -> int:
+        """The tenant's counter in a class."""
+        return self._fair.counter(tenant, latency_class)
 
     def count(self, latency_class: LatencyClass) -> int:
         """How many of a class wait."""
         return len(self._classes[latency_class])
 
     def ahead(self, waiting: Waiting) -> int:
-        """At most this many go first; an upper bound, since cancelled ones are counted too. O(1)."""
+        """About how many go first: those of shorter classes, and those of its own that came before. Tenants that had
+        less may go before it as well, those that had more after it."""
         own = waiting.ticket.latency_class
         before = sum(len(self._classes[c]) for c in range(own))
         first = next(iter(self._classes[own].values()), waiting)
         return before + min(waiting.order - first.order, len(self._classes[own]) - 1)
+
+    def places(self) -> Iterator[tuple[str, Line, LatencyClass]]:
+        """Tenant, line and class of everybody. O(n)."""
+        for tickets in self._classes:
+            for waiting in tickets.values():
+                yield waiting.ticket.tenant, self._fair, waiting.ticket.latency_class
+
+    def check(self) -> None:
+        """What always holds. O(classes)."""
+        assert self._length == len(self._fair) == len(self.backlog)
+        assert self._fair.stats().by_class == tuple(len(tickets) for tickets in self._classes)
+
+    def _charge_elsewhere(self, waiting: Waiting) -> None:
+        ticket = waiting.ticket
+        self._fairness.charge_elsewhere(ticket.tenant, self._fair, ticket.latency_class, waiting.tokens)

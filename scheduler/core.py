@@ -16,7 +16,9 @@ Cost: arrive and finish O(1); everything else O(models) at most.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from math import inf
 
 from scheduler.admission import Waiting
 from scheduler.commands import Admit, Command, Refuse, Stop, WakeAt
@@ -45,23 +47,30 @@ from scheduler.model import (
     StopCause,
     Ticket,
 )
+from scheduler.eviction.base import Eviction
+from scheduler.eviction.delay import ExpectedDelay
+from scheduler.ordering import Ordering
 from scheduler.placement import Placement
+from scheduler.policies.regret import Regret
 from scheduler.state import EngineState, ModelState
 from scheduler.timers import Timer, Timers
 
+ARRIVALS_KEPT = 1024
+CREDIT_PER_S = 50.0
 MAX_CRASHES = 3  # a ready engine that dies this often without serving anybody in between is backed off
 
 
 class Admitted:
     """A ticket that holds a lease: what to give back, and to whom."""
 
-    __slots__ = ("engine", "model", "ticket", "weight")
+    __slots__ = ("engine", "model", "since_s", "ticket", "weight")
 
-    def __init__(self, ticket: Ticket, model: ModelState, engine: EngineState, weight: int) -> None:
+    def __init__(self, ticket: Ticket, model: ModelState, engine: EngineState, weight: int, since_s: float) -> None:
         self.ticket = ticket
         self.model = model
         self.engine = engine
         self.weight = weight
+        self.since_s = since_s
 
 
 class Core:
@@ -75,17 +84,29 @@ class Core:
         settings: SchedulerSettings | None = None,
         *,
         engines_before: int = 0,
+        ordering: Ordering | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         """`engines_before`: how many engine ids are taken already, by engines that outlived an earlier proxy."""
         self.settings = settings or SchedulerSettings()
-        self.placement = Placement(devices, models, engines_before)
+        self.ordering: Ordering = ordering or Regret()
+        self.placement = Placement(
+            devices, models, self.ordering, eviction or ExpectedDelay(), engines_before
+        )
+        self.placement.patience_s = self.settings.patience_s[LatencyClass.STANDARD]
         self.devices = self.placement.devices
         self.models = self.placement.models
         self._waiting: dict[int, Waiting] = {}
         self._admitted: dict[int, Admitted] = {}
         self._timers = Timers()
         self._wake_at: float | None = None
+        self._again_at = inf
         self._order = 0
+        # what the policies have not seen yet; when more come between two plans, they see the latest
+        self._arrivals: deque[tuple[float, str]] = deque(maxlen=ARRIVALS_KEPT)
+        self._credit = 0.0
+        self._credit_at = 0.0
+        self._strict = self.ordering.strict
 
     def __repr__(self) -> str:
         return f"<Core models={len(self.models)} waiting={len(self._waiting)} admitted={len(self._admitted)}>"
@@ -129,7 +150,9 @@ class Core:
         model = self.models.get(ticket.model)
         if model is None or model.removed:
             return [Refuse(ticket.id, RefusalCode.UNKNOWN_MODEL, f"no local model named {ticket.model!r}")]
-        if model.state is Residency.READY and not len(model.queue):
+        model.demand.count += 1
+        self._arrivals.append((now, ticket.model))
+        if model.state is Residency.READY and not len(model.queue) and not (self._strict and self._waiting):
             admit = self._try_admit(ticket, model, now)
             if admit is not None:
                 return [admit]
@@ -138,7 +161,22 @@ class Core:
             return [refusal]
         self._enqueue(ticket, model, now)
         # on a ready model it may have gone straight to the head, past a large one of a lower class, and fit
-        return self._with_wake(self._admit_waiting(model, now) if model.state is Residency.READY else self._plan(now))
+        if model.state is Residency.READY:
+            return self._with_wake(self._admit_waiting(model, now))
+        return self._with_wake(self._plan_soon(now))
+
+    def admit_now(self, ticket: Ticket, now: float) -> Admit | None:
+        """Admit a ticket if `arrive` would do it at once; else nothing has happened. O(1)."""
+        model = self.models.get(ticket.model)
+        if model is None or model.removed or model.state is not Residency.READY or len(model.queue):
+            return None
+        if self._strict and self._waiting:
+            return None
+        admit = self._try_admit(ticket, model, now)
+        if admit is not None:
+            model.demand.count += 1
+            self._arrivals.append((now, ticket.model))
+        return admit
 
     def finish(self, ticket_id: int, now: float) -> list[Command]:
         """A lease comes back; whoever fits now is admitted. O(1) for each ticket admitted."""
@@ -149,15 +187,19 @@ class Core:
         engine.capacity.give(admitted.weight)
         engine.in_flight -= 1
         engine.served += 1
+        demand = model.demand
+        demand.served += 1
+        demand.busy_s += now - admitted.since_s
         if model.engine is not engine:
             return []
         model.last_used_s = now
         model.failures = 0
-        if model.state is Residency.READY and len(model.queue):
-            return self._admit_waiting(model, now)
-        if engine.in_flight:
-            return []
-        return self._with_wake(self._became_idle(model, now))
+        out = self._admit_waiting(model, now) if model.state is Residency.READY and len(model.queue) else []
+        if not engine.in_flight:
+            out += self._became_idle(model, now)
+            if model.state is not Residency.READY:
+                return self._with_wake(out + self._plan(now))
+        return self._with_wake(out + self._plan_soon(now)) if self._waiting else self._with_wake(out)
 
     def cancel(self, ticket_id: int, now: float) -> list[Command]:
         """A caller has gone, waiting or admitted. O(1) for an admitted ticket, else as `_plan`."""
@@ -198,7 +240,7 @@ class Core:
         model.progress, model.note, model.last_error = 1.0, "", ""
         model.loads += 1
         model.wanted_order = None
-        model.last_used_s = now
+        model.last_used_s = model.last_asked_s = now
         out = self._admit_waiting(model, now)
         if model.engine is not None and not model.engine.in_flight:
             out += self._became_idle(model, now)
@@ -261,6 +303,7 @@ class Core:
 
     def _config_changed(self, specs: Iterable[ModelSpec], settings: SchedulerSettings) -> list[Command]:
         self.settings = settings
+        self.placement.patience_s = settings.patience_s[LatencyClass.STANDARD]
         wanted = {spec.name: spec for spec in specs}
         out: list[Command] = []
         for name, spec in wanted.items():
@@ -310,6 +353,9 @@ class Core:
         _, _, kind, key = timer
         if kind == "wait":
             return self._wait_over(int(key), now)
+        if kind == "plan":
+            self._again_at = inf  # every tick plans
+            return []
         model = self.models.get(str(key))
         if model is None:
             return []
@@ -376,13 +422,15 @@ class Core:
         if not engine.capacity.try_take(weight):
             return None
         engine.in_flight += 1
-        model.last_used_s = now
-        self._admitted[ticket.id] = Admitted(ticket, model, engine, weight)
+        model.last_asked_s = now
+        self._admitted[ticket.id] = Admitted(ticket, model, engine, weight, now)
         return Admit(ticket.id, engine.id)
 
     def _admit_waiting(self, model: ModelState, now: float) -> list[Command]:
+        if self._strict:
+            return self._admit_in_order(now)
         out: list[Command] = []
-        while (head := model.queue.head()) is not None:
+        while (head := model.queue.head(now)) is not None:
             admit = self._try_admit(head.ticket, model, now)
             if admit is None:
                 break
@@ -391,14 +439,30 @@ class Core:
             out.append(admit)
         return out
 
+    def _admit_in_order(self, now: float) -> list[Command]:
+        out: list[Command] = []
+        while self._waiting:
+            first = next(iter(self._waiting.values()))
+            model = self.models[first.ticket.model]
+            admit = self._try_admit(first.ticket, model, now) if model.state is Residency.READY else None
+            if admit is None:
+                break
+            model.queue.remove(first.ticket)
+            del self._waiting[first.ticket.id]
+            out.append(admit)
+        return out
+
     def _enqueue(self, ticket: Ticket, model: ModelState, now: float) -> None:
-        waiting = Waiting(ticket, self._next_order(), now)
+        patience = self.settings.patience_s[ticket.latency_class]
+        overdue_s = now + self.settings.overdue_after * patience
+        waiting = Waiting(ticket, self._next_order(), now, now + patience, overdue_s)
         self._waiting[ticket.id] = waiting
         model.queue.push(waiting)
         until = now + self.settings.max_wait_s
         if ticket.deadline_s is not None:
             until = min(until, ticket.deadline_s)
-        self._timers.push(until, "wait", ticket.id)
+        if until < inf:
+            self._timers.push(until, "wait", ticket.id)
         self._timers.compact(self._timer_alive, len(self._waiting) + len(self.models))
 
     def _refusal(self, ticket: Ticket, model: ModelState, now: float) -> Refuse | None:
@@ -431,17 +495,48 @@ class Core:
 
     def _became_idle(self, model: ModelState, now: float) -> list[Command]:
         if model.state is Residency.DRAINING:
+            if model.stop_cause is StopCause.EVICTED:
+                return []  # its plan stops it, unless that is revised
             return self.placement.stop(model, model.stop_cause, model.note)
         self._arm_ttl(model)
         return self.placement.relieve_pressure(self.settings.pressure_threshold)
 
+    def _plan_soon(self, now: float) -> list[Command]:
+        """Plan now if that is cheap for what has happened, else in a moment.
+
+        A plan costs O(wanted models), and one more arrival or end seldom changes it. Each such event earns credit, and
+        so does time; a plan is due when the credit is a quarter of the models to choose from. So the cost per event is
+        bounded however many models are wanted, with few of them every event plans, and no plan is older than
+        `wanted / 4 / CREDIT_PER_S` seconds.
+        """
+        self._credit += 1.0 + CREDIT_PER_S * (now - self._credit_at)
+        self._credit_at = now
+        missing = 0.25 * self.placement.wanted - self._credit
+        if missing <= 0.0:
+            return self._plan(now)
+        self._plan_at(now + missing / CREDIT_PER_S)
+        return []
+
+    def _plan_at(self, at_s: float) -> None:
+        if at_s < self._again_at:
+            self._again_at = at_s
+            self._timers.push(at_s, "plan", "")
+
     def _plan(self, now: float) -> list[Command]:
         """Anything but the hot pair may change what should be resident."""
-        out = self.placement.plan(now)
-        for model in self.placement.revivable():
-            model.move(Residency.READY)
-            model.note = ""
+        self._credit, self._credit_at = 0.0, now
+        if self._arrivals:
+            self.ordering.saw(self._arrivals)
+            self.placement.eviction.saw(self._arrivals)
+            self._arrivals.clear()
+        out, revived = self.placement.plan(now)
+        if self._strict:
+            out += self._admit_in_order(now)
+        for model in revived:
             out += self._admit_waiting(model, now)
+            if model.idle:
+                self._arm_ttl(model)
+        self._plan_at(self.placement.again_at)
         return out + self.placement.relieve_pressure(self.settings.pressure_threshold)
 
     # ---------------------------------------------------------------- answers
@@ -494,10 +589,12 @@ class Core:
                 mine = [a for a in self._admitted.values() if a.engine is model.engine]
                 assert len(mine) == model.engine.in_flight, model
                 assert sum(a.weight for a in mine) == model.engine.capacity.held_tokens, model
-            head = model.queue.head()
-            if head is not None and model.state is Residency.READY and model.engine is not None:
+            heads = model.queue.heads()
+            if heads and model.state is Residency.READY and model.engine is not None and not self._strict:
                 capacity = model.engine.capacity
-                fits = capacity.free_sequences > 0 and capacity.free_tokens >= min(
-                    head.ticket.weight_tokens, capacity.tokens
-                )
-                assert not fits, f"{model}: the head would fit"
+                fits = [
+                    capacity.free_sequences > 0
+                    and capacity.free_tokens >= min(head.ticket.weight_tokens, capacity.tokens)
+                    for head in heads
+                ]
+                assert not all(fits), f"{model}: whoever is the head would fit"

@@ -90,10 +90,17 @@ class DeviceSpec(msgspec.Struct, frozen=True):
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True):
-    """Limits of the core. `pressure_threshold` is a share of a device's capacity."""
+    """Limits of the core. `pressure_threshold` is a share of a device's capacity.
+
+    `patience_s` by latency class: a wait until the lease that still counts as on time. It is the unit of urgency, not a
+    reason to refuse, and longer than the class's target, because a cold model can meet no target for the first token.
+    A ticket that has waited `overdue_after` times its patience goes before everything else.
+    """
 
     pressure_threshold: float = 0.95
     max_wait_s: float = 600.0
     max_waiting: int = 20_000
     backoff_first_s: float = 5.0
     backoff_limit_s: float = 300.0
+    patience_s: tuple[float, float, float, float, float] = (2.0, 5.0, 10.0, 30.0, 120.0)
+    overdue_after: float = 40.0

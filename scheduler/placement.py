@@ -1,23 +1,27 @@
 """What should be resident, and where: loads, victims, drains, and the memory that they promise and free.
 
-Given who is wanted (`ModelState.rank`), `plan` makes one decision per device: the most urgent model is loaded if it
-fits; else the cheapest victims are drained and stopped, and it is loaded when they are gone. The most urgent model
-blocks the less urgent ones of its device, so nobody starves; one start per device at a time, and no eviction on a
-device while one is under way.
+`plan` asks the ordering policy for one choice per device and follows it as far as it can: victims drain, stop when all
+of them are idle, and the model is loaded when they are gone. Until then the choice may be revised at every event, and a
+victim that is no longer needed serves on. One start per device at a time, and no engine is stopped for room on a device
+while one is under way.
 
 Knows nothing of tickets. Cost: `plan` is O(models log models); everything else O(models) at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import inf
 
-from scheduler import eviction
 from scheduler.commands import Command, Load, Stop
+from scheduler.eviction.base import Eviction
+from scheduler.forecast import LEAST_WATCHED_S, drain_s
 from scheduler.ledger import DeviceLedger
 from scheduler.model import DeviceSpec, ModelSpec, Residency, StopCause
+from scheduler.ordering import Choice, Ordering, Scene
 from scheduler.state import EngineState, ModelState
 
+HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
 FIRM = (StopCause.OPERATOR, StopCause.CONFIGURATION)  # not taken back when somebody wants the model after all
 
 
@@ -27,10 +31,28 @@ class Placement:
     model.engine is not None exactly when the engine holds memory in the book of its device.
     """
 
-    def __init__(self, devices: Iterable[DeviceSpec], models: Iterable[ModelSpec], engines_before: int) -> None:
+    def __init__(
+        self,
+        devices: Iterable[DeviceSpec],
+        models: Iterable[ModelSpec],
+        ordering: Ordering,
+        eviction: Eviction,
+        engines_before: int,
+    ) -> None:
         self.devices = {spec.name: DeviceLedger(spec) for spec in devices}
         self.models = {spec.name: ModelState(spec) for spec in models}
+        self.ordering = ordering
+        self.eviction = eviction
+        # when to plan again if nothing happens before: a victim must stop admitting, or a load is held back
+        self.again_at = inf
+        self.patience_s = 10.0  # of the standard class
+        self.wanted = 0  # how many cold models the last plan had to choose from
+        self._watched_since: float | None = None
+        ordering.watch(self.models, self.devices)
+        eviction.watch(self.models, self.devices)
         self._by_engine: dict[str, ModelState] = {}
+        self._planned: dict[str, str] = {}  # by device: the model that the last plan wants next
+        self._made_room_for: dict[str, str] = {}  # by device: the model for which victims have been stopped
         self._engine_count = engines_before
 
     def by_engine(self, engine_id: str) -> ModelState | None:
@@ -39,74 +61,139 @@ class Placement:
 
     # --------------------------------------------------------------- planning
 
-    def plan(self, now: float) -> list[Command]:
-        """What must be loaded and stopped now."""
+    def plan(self, now: float) -> tuple[list[Command], list[ModelState]]:
+        """What must be loaded and stopped now, and which victims need not go after all (they are ready again)."""
+        if self._watched_since is None:
+            self._watched_since = now
+        self.again_at = inf
         out: list[Command] = []
-        served: set[str] = set()
-        for model in self._wanted():
-            if model.state is Residency.COLD:
-                out += self._make_resident(model, served, now)
-        return out + self._replace_outdated()
+        revived: list[ModelState] = []
+        cold = [model for model in self.models.values() if model.state is Residency.COLD and model.wanted]
+        self.wanted = len(cold)
+        # a device where a load can begin now chooses before one that is still busy with its last
+        for ledger in sorted(self.devices.values(), key=lambda each: (each.starting is not None, -each.free)):
+            choice = self._choose(ledger, cold, now)
+            revived += self._spare(ledger, choice)
+            if choice is not None:
+                cold.remove(choice.model)
+                out += self._follow(ledger, choice, now)
+            elif cold and ledger.starting is None:
+                self.again_at = min(self.again_at, now + HELD_S)
+        return out + self._replace_outdated(), revived
 
-    def _wanted(self) -> list[ModelState]:
-        """Models that are not ready and that somebody waits for, most urgent first."""
-        ranked = [
-            (rank, model.spec.name, model)
-            for model in self.models.values()
-            if model.state is not Residency.READY and (rank := model.rank()) is not None
-        ]
-        ranked.sort(key=lambda entry: entry[:2])
-        return [model for _, _, model in ranked]
+    def _choose(self, ledger: DeviceLedger, cold: Sequence[ModelState], now: float) -> Choice | None:
+        name = ledger.spec.name
+        wanted = [model for model in cold if model.spec.device in (name, ledger.spec.kind)]
+        planned = self._planned.pop(name, None)
+        if not wanted:
+            return None
+        scene = self._scene(ledger, wanted, planned, now)
+        asked = min((m for m in wanted if m.wanted_order is not None), key=lambda m: m.wanted_order or 0, default=None)
+        if asked is not None and (victims := scene.room_for(asked)) is not None:
+            choice: Choice | None = Choice(asked, victims, "an operator asked for it")
+        else:
+            choice = self._promised(scene, name) or self.ordering.choose(scene)
+        if choice is not None:
+            self._planned[name] = choice.model.spec.name
+        return choice
 
-    def _make_resident(self, model: ModelState, served: set[str], now: float) -> list[Command]:
-        """Load the model on the device where that costs least, or start to make room there.
+    def _promised(self, scene: Scene, name: str) -> Choice | None:
+        """Once its victims have been stopped, a plan is kept: whoever took the room that was made for it, the victim
+        itself perhaps, could trade places with it for ever without anybody being served."""
+        model = next((each for each in scene.wanted if each.spec.name == self._made_room_for.get(name)), None)
+        victims = None if model is None else scene.room_for(model)
+        if model is None or victims is None:
+            self._made_room_for.pop(name, None)
+            return None
+        return Choice(model, victims, "room was made for it")
 
-        `served` are devices that a more urgent model has claimed in this plan; that model's claim includes the room
-        being made for it, so nobody else may take it.
-        """
-        options: list[tuple[int, int, DeviceLedger, list[eviction.Candidate]]] = []
-        for ledger in self._devices_of(model.spec):
-            if ledger.spec.name in served:
-                continue
-            victims = self._room_for(model, ledger)
-            if victims is not None:
-                options.append((len(victims), -ledger.free, ledger, victims))
-        if not options:
-            return []
-        _, _, ledger, victims = min(options, key=lambda option: option[:2])
-        served.add(ledger.spec.name)
-        if ledger.starting is not None:
-            return []  # one start at a time, and no neighbour leaves while it measures the device
-        if ledger.free >= model.spec.memory_bytes:
-            return [self._load(model, ledger, now)]
-        out: list[Command] = []
-        for victim in victims:
-            idle = (
-                f"idle for {now - victim.last_used_s:.0f} s"
-                if not victim.in_flight
-                else f"{victim.in_flight} in flight"
-            )
-            need = _size(model.spec.memory_bytes)
-            why = f"evicted for {model.spec.name}, which needs {need} (least recently used, {idle})"
-            out += self.give_up(self.models[victim.model], StopCause.EVICTED, why)
-        return out
-
-    def _room_for(self, model: ModelState, ledger: DeviceLedger) -> list[eviction.Candidate] | None:
-        """The victims whose end makes room on this device: [] when there is, or will be, room without any."""
-        leaving = 0
-        candidates = []
-        for other in self.models.values():
-            engine = other.engine
+    def _scene(self, ledger: DeviceLedger, wanted: Sequence[ModelState], planned: str | None, now: float) -> Scene:
+        residents = []
+        free = ledger.free
+        link_free_s = now
+        for model in self._by_engine.values():
+            engine = model.engine
             if engine is None or engine.device != ledger.spec.name:
                 continue
-            holding = ledger.holding(engine.id)
-            held = holding.held if holding is not None else 0
-            if other.state in (Residency.DRAINING, Residency.STOPPING):
-                leaving += held
-            elif other.state is Residency.READY and not other.spec.pinned:
-                candidates.append(eviction.Candidate(other.spec.name, held, engine.in_flight, other.last_used_s))
-        missing = model.spec.memory_bytes - ledger.free - leaving
-        return [] if missing <= 0 else eviction.lru(candidates, missing)
+            if model.state is Residency.LOADING:
+                link_free_s = now + model.expected_load_s(now)
+            elif model.state is Residency.STOPPING or (
+                model.state is Residency.DRAINING and model.stop_cause is not StopCause.EVICTED
+            ):
+                free += self._held(ledger, engine)
+            elif not model.spec.pinned:
+                residents.append((model, self._held(ledger, engine)))
+        watched_s = max(LEAST_WATCHED_S, now - (self._watched_since or now))
+        return Scene(
+            now,
+            ledger,
+            wanted,
+            residents,
+            free=free,
+            link_free_s=link_free_s,
+            planned=planned,
+            watched_s=watched_s,
+            patience_s=self.patience_s,
+            eviction=self.eviction,
+        )
+
+    @staticmethod
+    def _held(ledger: DeviceLedger, engine: EngineState) -> int:
+        holding = ledger.holding(engine.id)
+        return holding.held if holding is not None else 0
+
+    def _spare(self, ledger: DeviceLedger, choice: Choice | None) -> list[ModelState]:
+        """Victims of an earlier plan that this one does not need serve on."""
+        kept = {victim.model for victim in choice.victims} if choice is not None else set()
+        spared = [
+            model
+            for model in self._by_engine.values()
+            if model.state is Residency.DRAINING
+            and model.stop_cause is StopCause.EVICTED
+            and model.engine is not None
+            and model.engine.device == ledger.spec.name
+            and model.spec.name not in kept
+        ]
+        for model in spared:
+            model.move(Residency.READY)
+            model.note = ""
+        return spared
+
+    def _follow(self, ledger: DeviceLedger, choice: Choice, now: float) -> list[Command]:
+        """Begin what can begin: drain victims in time, stop them when all are idle, load when they are gone."""
+        wanted = choice.model
+        victims = [self.models[victim.model] for victim in choice.victims]
+        reason = f"evicted for {wanted.spec.name}, which needs {_size(wanted.spec.memory_bytes)}: {choice.why}"
+        for victim in victims:
+            self._drain(victim, ledger, reason, now)
+        if ledger.starting is not None or any(victim.in_flight for victim in victims):
+            return []  # one start at a time, no neighbour leaves while it measures the device, nobody is cut off
+        out: list[Command] = []
+        if victims:
+            self._made_room_for[ledger.spec.name] = wanted.spec.name
+        for victim, candidate in zip(victims, choice.victims, strict=True):
+            self.eviction.evicted(candidate)
+            out += self.stop(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
+        if not victims and ledger.free >= wanted.spec.memory_bytes:
+            self._made_room_for.pop(ledger.spec.name, None)
+            out.append(self._load(wanted, ledger, now))
+        return out
+
+    def _drain(self, victim: ModelState, ledger: DeviceLedger, reason: str, now: float) -> None:
+        """Let a busy victim admit nobody more, once its drain would otherwise outlast the load under way."""
+        if victim.state is not Residency.READY or not victim.in_flight:
+            return
+        if ledger.starting is not None:
+            starting = self._by_engine[ledger.starting]
+            drain = drain_s(victim.in_flight, victim.demand.mean_service_s())
+            begin = now + starting.expected_load_s(now) - drain
+            if not self.ordering.just_in_time:
+                return
+            if begin > now:
+                self.again_at = min(self.again_at, begin)
+                return
+        victim.move(Residency.DRAINING)
+        victim.stop_cause, victim.note = StopCause.EVICTED, reason
 
     def _load(self, model: ModelState, ledger: DeviceLedger, now: float) -> Load:
         self._engine_count += 1
@@ -143,19 +230,6 @@ class Placement:
         model.move(Residency.STOPPING)
         model.note = why
         return [Stop(model.engine.id, cause, why)]
-
-    def revivable(self) -> list[ModelState]:
-        """Victims that are still draining and may serve on: no cold model is wanted on their device."""
-        cold = [model for model in self._wanted() if model.state is Residency.COLD]
-        needed = {ledger.spec.name for model in cold for ledger in self._devices_of(model.spec)}
-        return [
-            model
-            for model in self.models.values()
-            if model.state is Residency.DRAINING
-            and model.stop_cause is StopCause.EVICTED
-            and model.engine is not None
-            and model.engine.device not in needed
-        ]
 
     def relieve_pressure(self, threshold: float) -> list[Command]:
         """Evict idle models, oldest first, while a device is fuller than `threshold` of its capacity, before anyone
@@ -261,3 +335,7 @@ class Placement:
 def _size(size: int) -> str:
     """Bytes for people: two significant figures are enough to act on."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _use(model: ModelState, now: float) -> str:
+    return f"idle for {now - model.last_used_s:.0f} s"

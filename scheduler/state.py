@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
+from scheduler.forecast import Demand
 from scheduler.model import ModelSpec, Residency, StopCause
 from scheduler.residency import move
 
@@ -29,7 +30,7 @@ class ModelState:
     """
 
     __slots__ = (
-        "engine", "failures", "last_error", "last_used_s", "load_started_s", "loads", "note", "progress", "queue",
+        "demand", "engine", "failures", "last_asked_s", "last_error", "last_used_s", "load_started_s", "loads", "note", "progress", "queue",
         "removed", "retry_at_s", "seconds_to_load", "spec", "state", "stop_cause", "ttl_armed", "wanted_order",
     )  # fmt: skip
 
@@ -38,7 +39,9 @@ class ModelState:
         self.state = Residency.COLD
         self.engine: EngineState | None = None
         self.queue = WaitQueue()
-        self.last_used_s = 0.0
+        self.demand = Demand()
+        self.last_asked_s = 0.0  # when it last let somebody in, or became ready
+        self.last_used_s = 0.0  # when its last answer ended
         self.load_started_s = 0.0
         self.seconds_to_load = spec.load_estimate_s
         self.progress = 0.0
@@ -71,16 +74,15 @@ class ModelState:
             and self.wanted_order is None
         )
 
-    def rank(self) -> tuple[int, int] | None:
-        """How urgently this model is wanted, smaller first; None when nobody wants it. O(1).
+    @property
+    def in_flight(self) -> int:
+        """Requests on its engine."""
+        return self.engine.in_flight if self.engine is not None else 0
 
-        An operator's load goes with the most urgent class, by when it was asked for.
-        """
-        head = self.queue.head()
-        ranks = [] if head is None else [head.rank]
-        if self.wanted_order is not None:
-            ranks.append((0, self.wanted_order))
-        return min(ranks, default=None)
+    @property
+    def wanted(self) -> bool:
+        """Somebody waits for it, or an operator asked for it."""
+        return len(self.queue) > 0 or self.wanted_order is not None
 
     def expected_load_s(self, now: float) -> float:
         """Seconds until a start under way, or one begun now, should be ready."""

@@ -1,0 +1,163 @@
+"""Which model is loaded next on a device, at whose expense: what an ordering policy is given and must answer.
+
+An answer is a plan, not a deed: it is asked for again at every event that may change it, also while a load is under
+way, and becomes a deed when the device is free and its victims are idle (`scheduler.placement`). Policies are in
+`scheduler.policies`, one a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+from typing import Protocol
+
+from scheduler.eviction.base import Candidate, Eviction
+from scheduler.forecast import drain_s
+from scheduler.ledger import DeviceLedger
+from scheduler.model import Residency
+from scheduler.state import ModelState
+
+
+class Scene:
+    """One device at one moment, as a policy sees it. Bytes and seconds.
+
+    `wanted` are cold models that somebody waits for and that may run here; `residents` are ready or draining engines
+    that may be given up; `free` counts what is on its way out; the next load can begin at `link_free_s`, not before.
+    `planned` is the model of the last plan; arrivals have been counted for `watched_s`; `patience_s` is that of the
+    standard class.
+    """
+
+    __slots__ = ("_eviction", "candidates", "device", "free", "link_free_s", "now", "patience_s", "planned", "residents",
+                 "wanted", "watched_s")  # fmt: skip
+
+    def __init__(
+        self,
+        now: float,
+        device: DeviceLedger,
+        wanted: Sequence[ModelState],
+        residents: Sequence[tuple[ModelState, int]],
+        *,
+        free: int,
+        link_free_s: float,
+        planned: str | None,
+        watched_s: float,
+        patience_s: float,
+        eviction: Eviction,
+    ) -> None:
+        self.now = now
+        self.device = device
+        self.wanted = wanted
+        self.free = free
+        self.link_free_s = link_free_s
+        self.planned = planned
+        self.watched_s = watched_s
+        self.patience_s = patience_s
+        self._eviction = eviction
+        self.residents = {model.spec.name: model for model, _ in residents}
+        self.candidates = [_candidate(model, held, now, watched_s) for model, held in residents]
+
+    def room_for(self, model: ModelState, but: frozenset[str] = frozenset()) -> list[Candidate] | None:
+        """The victims whose end makes room; [] when none is needed, None when all of them (less `but`) are not enough."""
+        missing = model.spec.memory_bytes - self.free
+        if missing <= 0:
+            return []
+        allowed = [each for each in self.candidates if each.model not in but] if but else self.candidates
+        return self._eviction.victims(allowed, missing, self.now)
+
+    def drained_at(self, victims: Iterable[Candidate]) -> float:
+        """When the last of the victims is expected to be idle."""
+        longest = 0.0
+        for victim in victims:
+            if victim.in_flight:
+                service = self.residents[victim.model].demand.mean_service_s()
+                longest = max(longest, drain_s(victim.in_flight, service))
+        return self.now + longest
+
+
+def _candidate(model: ModelState, held: int, now: float, watched_s: float) -> Candidate:
+    demand = model.demand
+    rate = demand.slow_rate(now, watched_s)
+    in_flight = model.engine.in_flight if model.engine is not None else 0
+    name, uses = model.spec.name, demand.total
+    return Candidate(name, held, in_flight, model.last_asked_s, model.seconds_to_load, uses, rate)
+
+
+class Choice:
+    """Load `model` when `victims` are gone. `why` is for people."""
+
+    __slots__ = ("model", "victims", "why")
+
+    def __init__(self, model: ModelState, victims: Sequence[Candidate], why: str) -> None:
+        self.model = model
+        self.victims = victims
+        self.why = why
+
+
+class Ordering(Protocol):
+    """A policy. `strict`: nobody is let in before those who came earlier, whatever is ready.
+
+    `just_in_time`: a busy victim stops admitting only when its drain would otherwise outlast the load under way.
+    """
+
+    name: str
+    strict: bool
+    just_in_time: bool
+
+    def choose(self, scene: Scene) -> Choice | None:
+        """The next load on this device; None to leave things as they are."""
+        ...
+
+    def watch(self, models: Mapping[str, ModelState], devices: Mapping[str, DeviceLedger]) -> None:
+        """The books that this policy's core keeps; called once, before anything else."""
+        ...
+
+    def saw(self, arrivals: Sequence[tuple[float, str]]) -> None:
+        """Requests have come, (when, for which model), since the last call. Not called on the hot path."""
+        ...
+
+
+class Blind:
+    """A policy that looks at nothing but the scene."""
+
+    name = ""
+    strict = False
+    just_in_time = False
+
+    def watch(self, models: Mapping[str, ModelState], devices: Mapping[str, DeviceLedger]) -> None:
+        """Nothing to watch."""
+
+    def saw(self, arrivals: Sequence[tuple[float, str]]) -> None:
+        """Nothing to note."""
+
+
+def oldest(models: Iterable[ModelState]) -> ModelState | None:
+    """The model of the ticket that has waited longest."""
+    return min(models, key=arrival_order, default=None)
+
+
+def arrival_order(model: ModelState) -> float:
+    """The place of its longest waiting ticket among all arrivals."""
+    return min((head.order for head in model.queue.heads()), default=inf)
+
+
+def overdue(scene: Scene) -> Choice | None:
+    """The model whose ticket is overdue the longest, before anything that a policy would rather do.
+
+    Residents with tickets that are overdue for longer serve those first. So the overdue of a device are served in the
+    order of becoming overdue, which is what bounds every wait: see `worst_wait_s`.
+    """
+    first, since = None, scene.now
+    for model in scene.wanted:
+        if len(model.queue) and model.queue.overdue_since() < since:
+            first, since = model, model.queue.overdue_since()
+    if first is None:
+        return None
+    before = frozenset(
+        name
+        for name, model in scene.residents.items()
+        if model.state is Residency.READY and model.queue.overdue_since() < since
+    )
+    victims = scene.room_for(first, but=before)
+    if victims is None:
+        return None
+    return Choice(first, victims, "one of its requests has waited for longer than its class may")

@@ -1,0 +1,106 @@
+"""The virtual-time shell: feeds the very same core from a trace, and plays engines that are only numbers."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from math import inf
+
+import msgspec
+
+from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.core import Core
+from scheduler.events import Arrived, EngineReady, EngineStopped, Event, Finished, Tick
+from scheduler.model import SchedulerSettings, Ticket
+from scheduler.simulate.engine import Engine
+from scheduler.simulate.traces import Request
+
+# of what happens at one moment, places become free before they are asked for
+FINISH, READY, TICK, ARRIVE = range(4)
+
+
+class Outcome(msgspec.Struct):
+    """What became of a trace. `waits_s[i]` is the wait of request i, infinite for one that was refused."""
+
+    waits_s: list[float]
+    loads: int = 0
+    load_seconds: float = 0.0
+
+
+class Simulation:
+    """One run. Loads pass one at a time, whatever the number of devices; eviction takes no time."""
+
+    def __init__(
+        self,
+        core: Core,
+        engine: Engine,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] = lambda _: None,
+        observe: Callable[[Event | Command, float], None] = lambda _event, _now: None,
+    ) -> None:
+        self.core = core
+        self.now = 0.0
+        self.outcome = Outcome([inf] * len(requests))
+        self._engine = engine
+        self._requests = requests
+        self._progress = progress
+        self._observe = observe
+        self._heap: list[tuple[float, int, int, Event]] = []
+        self._count = 0
+        self._link_free_s = 0.0
+        self._wake_at = inf
+
+    def run(self) -> Outcome:
+        """Until every request has ended."""
+        for index, request in enumerate(self._requests):
+            ticket = Ticket(index, request.model, request.latency_class, request.tenant)
+            self._at(request.at_s, ARRIVE, Arrived(ticket))
+        while self._heap:
+            self.now, kind, _, event = heapq.heappop(self._heap)
+            if kind == TICK and self.now != self._wake_at:
+                continue  # a later WakeAt has replaced this one
+            if kind == ARRIVE:
+                self._progress(1)
+            self._feed(event)
+        return self.outcome
+
+    def _at(self, at_s: float, kind: int, event: Event) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (at_s, kind, self._count, event))
+
+    def _feed(self, event: Event) -> None:
+        waiting = [event]
+        while waiting:
+            event = waiting.pop(0)
+            self._observe(event, self.now)
+            for command in self.core.step(event, self.now):
+                self._observe(command, self.now)
+                if isinstance(command, Stop):
+                    waiting.append(EngineStopped(command.engine_id))
+                else:
+                    self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Admit(index):
+                request = self._requests[index]
+                self.outcome.waits_s[index] = self.now - request.at_s
+                self._at(self.now + self._engine.service_s(request), FINISH, Finished(index))
+            case Load(engine_id, model, device):
+                seconds = self.core.models[model].spec.load_estimate_s
+                self._link_free_s = max(self.now, self._link_free_s) + seconds
+                self.outcome.loads += 1
+                self.outcome.load_seconds += seconds
+                self._at(self._link_free_s, READY, EngineReady(engine_id, model, device, seconds))
+            case WakeAt(at_s):
+                self._wake_at = at_s
+                self._at(at_s, TICK, Tick())
+            case Refuse():
+                pass
+
+
+def endless_settings(deadline_s: float) -> SchedulerSettings:
+    """Nothing is refused, nothing is evicted before somebody waits; on time is `deadline_s` for every class."""
+    return SchedulerSettings(
+        pressure_threshold=1.0, max_wait_s=inf, max_waiting=1 << 40, patience_s=(deadline_s,) * 5
+    )
