@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp
+from typing import Protocol
 
 from scheduler.eviction.base import Candidate, Eviction, Ranking
 from scheduler.eviction.delay import ExpectedDelay
@@ -15,6 +16,7 @@ from scheduler.eviction.gdsf import Gdsf
 from scheduler.eviction.landlord import Landlord
 from scheduler.eviction.lfu import Lfu
 from scheduler.eviction.lru import Lru
+from scheduler.forecast import LEAST_WATCHED_S
 from scheduler.ledger import DeviceLedger
 from scheduler.state import ModelState
 
@@ -22,34 +24,45 @@ MEMORY_S = 300.0  # a load this long ago counts 1/e
 
 
 class Shadow:
-    """One rule's cache."""
+    """One rule's cache: the models that would be resident under it, with their uses and their last."""
 
     def __init__(self, rule: Eviction) -> None:
         self.rule = rule
-        self.paid_s = 0.0
+        self._paid_s = 0.0
         self._paid_at = 0.0
-        self._resident: dict[str, Candidate] = {}
+        self._resident: dict[str, tuple[int, float]] = {}
+        self._held = 0
 
-    def touch(self, seen: Candidate, capacity: int, now: float) -> None:
+    def touch(self, model: ModelState, uses: int, capacity: int, now: float, books: Books) -> None:
         """A request for this model: load it here if it is not here."""
-        if seen.model not in self._resident:
-            self._make_room(seen.held_bytes, capacity, now)
-            self.paid_s = self.paid(now) + seen.load_s
+        name = model.spec.name
+        if name not in self._resident:
+            self._make_room(self._held + model.spec.memory_bytes - capacity, now, books)
+            self._held += model.spec.memory_bytes
+            self._paid_s = self.paid_s(now) + model.seconds_to_load
             self._paid_at = now
-        self._resident[seen.model] = seen
+        self._resident[name] = (uses, now)
 
-    def paid(self, now: float) -> float:
+    def paid_s(self, now: float) -> float:
         """Load seconds, old ones forgotten."""
-        return self.paid_s * exp(-(now - self._paid_at) / MEMORY_S)
+        return self._paid_s * exp(-(now - self._paid_at) / MEMORY_S)
 
-    def _make_room(self, size: int, capacity: int, now: float) -> None:
-        missing = size + sum(each.held_bytes for each in self._resident.values()) - capacity
+    def _make_room(self, missing: int, now: float, books: Books) -> None:
         if missing <= 0:
             return
-        residents = list(self._resident.values())
+        residents = [books.candidate(name, *seen, now) for name, seen in self._resident.items()]
         for victim in self.rule.victims(residents, missing, now) or residents:
             del self._resident[victim.model]
+            self._held -= victim.held_bytes
             self.rule.evicted(victim)
+
+
+class Books(Protocol):
+    """What a shadow must know of models that are not loaded."""
+
+    def candidate(self, name: str, uses: int, last_used_s: float, now: float) -> Candidate:
+        """The model as a resident."""
+        ...
 
 
 class Adaptive:
@@ -81,13 +94,18 @@ class Adaptive:
                 continue
             self._now = now
             uses = self._uses[name] = self._uses.get(name, 0) + 1
-            seen = Candidate(name, model.spec.memory_bytes, 0, now, model.seconds_to_load, uses, 0.0)
             for _, shadow in self._pairs:
-                shadow.touch(seen, self._capacity, now)
+                shadow.touch(model, uses, self._capacity, now, self)
+
+    def candidate(self, name: str, uses: int, last_used_s: float, now: float) -> Candidate:
+        """A shadow's resident: as idle as it can be, at the size that the configuration states."""
+        model = self._models[name]
+        rate = model.demand.slow_rate(now, LEAST_WATCHED_S)  # the same factor for all, so that any span will do
+        return Candidate(name, model.spec.memory_bytes, 0, last_used_s, model.seconds_to_load, uses, rate)
 
     def leader(self) -> Eviction:
         """The rule whose shadow has paid least; the first named when level."""
-        return min(self._pairs, key=lambda pair: pair[1].paid(self._now))[0]
+        return min(self._pairs, key=lambda pair: pair[1].paid_s(self._now))[0]
 
     def victims(self, candidates: Sequence[Candidate], need_bytes: int, now: float) -> list[Candidate] | None:
         """What the leader says."""

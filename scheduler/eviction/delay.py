@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from scheduler.eviction.base import Candidate, Ranking
 
-REST_LOADS = 3.0  # an idle time below so many loads says nothing
+REST_LOADS = 0.5  # an idle time well below a load says nothing
 
 
 class ExpectedDelay(Ranking):

@@ -39,7 +39,9 @@ def _solve_load_cost(requests: Sequence[Request], models: Mapping[str, ModelSpec
     solver, sparse, _ = _libraries()
     sequence = [r.model for i, r in enumerate(requests) if not i or requests[i - 1].model != r.model]
     last: dict[str, int] = {}
-    fixed, costs, entries = 0.0, [], []
+    fixed = 0.0
+    costs: list[float] = []
+    entries: list[tuple[int, int, int]] = []
     for time, name in enumerate(sequence):
         if name in last:
             column = len(costs)

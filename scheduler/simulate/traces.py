@@ -1,7 +1,8 @@
 """Arrival traces from CSV files: who asked for which model when, and how long the answer was.
 
-Columns, by name, in any order: `t_s` or `t_ms` (arrival), `model` (the file's name where there is none), `output_tokens`
-or `duration_s` (how long the answer takes), and optionally `prompt_tokens`, `tenant`, `class`. Others are ignored.
+Columns, by name, in any order: `t_s` or `t_ms` (arrival), `model` (the file's name where there is none),
+`output_tokens` or `duration_s` (how long the answer takes), and optionally `prompt_tokens`, `tenant`, `class`. Others
+are ignored.
 """
 
 from __future__ import annotations
