@@ -106,7 +106,9 @@ class App:
         self._handler = Handler(
             self._state(), self._scheduler, self._metrics, self._access_log, residency=self._residency
         )
-        server = await http.start(self._handler, listeners.get("http", []), self._limits())
+        server = await http.start(
+            self._handler, listeners.get("http", []), self._limits(), fast=self._config.server.fast_lane
+        )
         runner = await self._admin(listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
         await self._announce()

@@ -103,6 +103,10 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Key("Keys of operators, written as `api_keys` are.", form="secret", example=["env:VRAMP_ADMIN_KEY"]),
     ] = ()
     workers: Annotated[int, Key("Worker processes. Only 1 for now.", low=1, high=256)] = 1
+    fast_lane: Annotated[
+        bool,
+        Key("Whether native code carries the calls that go straight through; false leaves all of them to aiohttp."),
+    ] = True
     drain_s: Annotated[
         float, Key("How long requests in flight may go on after SIGTERM before they are cut off.", low=0, high=DAY_S)
     ] = 30.0

@@ -222,6 +222,18 @@ class Scheduler:
         self._carry_out(self.core.arrive(ticket, now))
         return waiting
 
+    def lease_now(self, ticket: Ticket) -> Lease | None:
+        """A lease if one can be had at once, else nothing has happened. Give it back by `give_back`."""
+        admit = self.core.admit_now(ticket, self._loop.time())
+        if admit is None:
+            return None
+        self._observe(admit)
+        return Lease(admit.engine_id, self._urls[admit.engine_id], 0.0, 0.0)
+
+    def give_back(self, ticket_id: int) -> None:
+        """Give back what `lease_now` gave."""
+        self._carry_out(self.core.finish(ticket_id, self._loop.time()))
+
     def close_ticket(self, waiting: Waiting) -> None:
         """Withdraw a ticket or give its lease back."""
         if self._waiting.pop(waiting.ticket.id, None) is not None:

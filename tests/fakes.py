@@ -188,6 +188,15 @@ class FakeScheduler:
         self._ids += 1
         return self._ids
 
+    def lease_now(self, ticket: Ticket) -> Lease | None:
+        if self.base_url is None or self.refusal is not None:
+            return None
+        self.lease(ticket)
+        return Lease("engine-1", self.base_url, 0.0, 0.0)
+
+    def give_back(self, ticket_id: int) -> None:
+        next(each for each in self.waiting if each.ticket.id == ticket_id).__exit__(None, None, None)
+
     def lease(self, ticket: Ticket) -> FakeWaiting:
         waiting = FakeWaiting(self, ticket)
         self.waiting.append(waiting)

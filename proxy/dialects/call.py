@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from ext.body_scan import Spans
 from scheduler.model import LatencyClass
 
 
@@ -42,7 +43,8 @@ class Endpoint(msgspec.Struct, frozen=True):
 class Call(msgspec.Struct):
     """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came.
 
-    `names_model` is False when the body has no model and `model` is the default.
+    `names_model` is False when the body has no model and `model` is the default. `spans` says where the members lie
+    that may be spliced, if a scan found them.
     """
 
     endpoint: Endpoint
@@ -58,3 +60,4 @@ class Call(msgspec.Struct):
     priority: int | None = None
     request_id: str = ""
     tenant: str = ""
+    spans: Spans | None = None

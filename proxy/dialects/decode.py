@@ -13,6 +13,7 @@ from typing import Annotated
 
 import msgspec
 
+from ext.body_scan import Spans, scan
 from proxy.dialects.call import Call, Endpoint
 from proxy.dialects.splice import depth_exceeds, refuse_duplicate
 from proxy.errors import InvalidRequest
@@ -84,30 +85,52 @@ _WHERE = re.compile(r" - at `\$\.?(.*)`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
 
-def decode(
-    endpoint: Endpoint,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    default_model: str | None = None,
-    default_class: LatencyClass = LatencyClass.STANDARD,
-    max_depth: int = 256,
-) -> Call:
+class Defaults(msgspec.Struct, frozen=True):
+    """What holds where a call says nothing, and how deep its JSON may nest."""
+
+    model: str | None = None
+    latency_class: LatencyClass = LatencyClass.STANDARD
+    max_depth: int = 256
+
+
+_DEFAULTS = Defaults()
+
+
+def decode(endpoint: Endpoint, headers: Mapping[str, str], body: bytes, defaults: Defaults = _DEFAULTS) -> Call:
     """The call that these bytes are. Raises `InvalidRequest` naming the field. Microseconds for the ordinary body."""
-    _check_text(body, max_depth)
-    fields = _read(endpoint, body)
-    for name in SPLICED:
-        refuse_duplicate(body, name)
+    scanned = scan(body, defaults.max_depth)
+    if scanned is not None:
+        call = decode_short(endpoint, headers, scanned, len(body), defaults)
+    else:
+        _check_text(body, defaults.max_depth)
+        fields = _read(endpoint, body)
+        for name in SPLICED:
+            refuse_duplicate(body, name)
+        call = _call(endpoint, headers, fields, len(body), defaults)
+    call.body = body
+    return call
+
+
+def decode_short(
+    endpoint: Endpoint, headers: Mapping[str, str], scanned: tuple[bytes, Spans], size: int, defaults: Defaults
+) -> Call:
+    """The call of a body of `size` bytes that `ext.body_scan` has been over. The body itself is not in it."""
+    call = _call(endpoint, headers, _read(endpoint, scanned[0]), size, defaults)
+    call.spans = scanned[1]
+    return call
+
+
+def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: int, defaults: Defaults) -> Call:
     return Call(
         endpoint=endpoint,
-        body=body,
-        model=_model(fields.model, default_model),
+        body=b"",
+        model=_model(fields.model, defaults.model),
         names_model=bool(fields.model),
         stream=bool(getattr(fields, "stream", None)),
         wants_usage=_wants_usage(fields),
-        prompt_tokens_estimate=max(1, len(body) // BYTES_PER_TOKEN),
+        prompt_tokens_estimate=max(1, size // BYTES_PER_TOKEN),
         max_output_tokens=_max_output(fields),
-        latency_class=_latency_class(headers.get("x-vramp-class"), default_class),
+        latency_class=_latency_class(headers.get("x-vramp-class"), defaults.latency_class),
         deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
         priority=fields.priority,
     )

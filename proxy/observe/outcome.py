@@ -53,5 +53,5 @@ class Outcome(msgspec.Struct):
 
     def wait_ms(self) -> str:
         """The waits in whole milliseconds, as `x-vramp-wait-ms` has them."""
-        queue, load, upstream = (round(each * 1000) for each in (self.queue_s, self.load_s, self.upstream_s))
-        return f"queue={queue},load={load},upstream={upstream}"
+        queue, load, upstream = self.queue_s * 1000, self.load_s * 1000, self.upstream_s * 1000
+        return f"queue={queue:.0f},load={load:.0f},upstream={upstream:.0f}"

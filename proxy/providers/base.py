@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from proxy.providers.slots import Slots
+
+
+class Straight(msgspec.Struct, frozen=True):
+    """Where a request goes over plain TCP. `head` lacks the content length, what is forwarded, and the empty line."""
+
+    host: str
+    port: int
+    head: bytes
+    keepalive_s: float
 
 
 class Upstream(Protocol):
@@ -28,6 +42,11 @@ class Upstream(Protocol):
 class Provider(Protocol):
     """One dialect of the outside world. It knows nothing of the scheduler, of clients or of routing."""
 
+    @property
+    def slots(self) -> Slots | None:
+        """What bounds the requests at once; None where leases do."""
+        ...
+
     def send(
         self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None
     ) -> AbstractAsyncContextManager[Upstream]:
@@ -35,6 +54,10 @@ class Provider(Protocol):
 
         Raises `Unreachable` when nothing can have been executed, `Broken` when that is not known.
         """
+        ...
+
+    def straight(self, path: str, base_url: str | None = None) -> Straight | None:
+        """How to POST there over plain TCP; None where that cannot be."""
         ...
 
     async def close(self) -> None:

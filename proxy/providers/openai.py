@@ -15,7 +15,8 @@ import aiohttp
 from yarl import URL
 
 from proxy.config import LOCAL_KINDS, BackendConfig, Secret
-from proxy.providers.base import Broken, Unreachable
+from proxy.providers.base import Broken, Straight, Unreachable
+from proxy.providers.slots import Slots
 
 # uvicorn, which serves vLLM, closes an idle connection after 5 s: leave before it does, or race with its FIN.
 ENGINE_KEEPALIVE_S = 4.0
@@ -64,14 +65,12 @@ class OpenAIProvider:
         self._headers = {"user-agent": "vramp", "accept-encoding": "identity", "content-type": "application/json"}
         self._key = key
         # The scheduler's leases bound what an engine gets; for remotes the pool does.
-        limit = backend.max_connections if remote else 0
-        self._most = limit * (1 + WAITERS_PER_CONNECTION) if remote else None
-        self._open = 0
+        most = backend.max_connections
+        self.slots = Slots(backend.name, most, most * WAITERS_PER_CONNECTION) if remote else None
+        self.keepalive_s = backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=limit, keepalive_timeout=backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
-            ),
-            timeout=aiohttp.ClientTimeout(total=None, connect=SLOT_WAIT_S + connect_s, sock_connect=connect_s),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=self.keepalive_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
@@ -83,9 +82,8 @@ class OpenAIProvider:
         self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None
     ) -> AsyncIterator[HttpUpstream]:
         """See `Provider.send`."""
-        if self._most is not None and self._open >= self._most:
-            raise Unreachable(f"backend {self._name} has no free connection and {self._open} requests already")
-        self._open += 1
+        if self.slots is not None:
+            await self.slots.take(SLOT_WAIT_S)
         try:
             response = await self._post(self._url(path, base_url), body, self._headers_for(headers, base_url))
             try:
@@ -97,7 +95,18 @@ class OpenAIProvider:
                 else:
                     response.close()
         finally:
-            self._open -= 1
+            if self.slots is not None:
+                self.slots.give()
+
+    def straight(self, path: str, base_url: str | None = None) -> Straight | None:
+        """How to POST there without this session; None where that takes TLS."""
+        url = self._url(path, base_url)
+        if url.scheme != "http" or url.host is None or url.port is None:
+            return None
+        lines = "".join(f"{name}: {value}\r\n" for name, value in self._headers_for({}, base_url).items())
+        host = url.host_port_subcomponent or url.host
+        head = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {host}\r\n{lines}"
+        return Straight(url.host, url.port, head.encode("latin-1"), self.keepalive_s)
 
     async def close(self) -> None:
         """Close all connections; what is in flight breaks."""

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 import msgspec
 
 from proxy.catalog.catalog import Catalog, Deployment
-from proxy.dialects.call import Call
+from proxy.dialects.call import Call, Task
 from proxy.errors import InvalidRequest, NotFound
 
 SUGGESTIONS = 3
@@ -18,10 +18,12 @@ SHOWN = 100  # characters of a caller's own words that an error repeats; difflib
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One attempt that may be made."""
+    """One attempt that may be made. `where` is the backend as response headers show it."""
 
     deployment: Deployment
     reason: str
+    local: bool
+    where: str
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -32,13 +34,21 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class Router:
-    """Decides from the catalog alone; it holds nothing that changes."""
+    """Decides from the catalog alone, so a decision is made once for each model and task that the catalog has."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
+        self._decided: dict[tuple[str, Task], Decision] = {}
 
     def decide(self, call: Call) -> Decision:
         """The candidates. Raises `NotFound` for an unknown model, `InvalidRequest` where none has the path's task."""
+        key = (call.model, call.endpoint.task)
+        decided = self._decided.get(key)
+        if decided is None:
+            decided = self._decided[key] = self._decide(call)
+        return decided
+
+    def _decide(self, call: Call) -> Decision:
         group = self._catalog.group(call.model)
         if not group:
             raise self._unknown(call.model)
@@ -51,7 +61,9 @@ class Router:
                 code="model_not_supported",
             )
         ordered = [each for each in able if each.local] + [each for each in able if not each.local]
-        candidates = tuple(Candidate(each, _reason(each, first=not at)) for at, each in enumerate(ordered))
+        candidates = tuple(
+            Candidate(each, _reason(each, first=not at), each.local, each.where) for at, each in enumerate(ordered)
+        )
         return Decision(candidates, candidates[0].reason)
 
     def _unknown(self, name: str) -> NotFound:

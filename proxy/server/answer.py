@@ -22,7 +22,7 @@ from proxy.server.watchdog import Watchdog
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 # `x-accel-buffering` stops an nginx in front from collecting a stream before it passes it on.
-_STREAM_HEADERS = {"content-type": EVENT_STREAM, "cache-control": "no-store", "x-accel-buffering": "no"}
+STREAM_HEADERS = {"content-type": EVENT_STREAM, "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 class ClientStalled(Exception):
@@ -86,8 +86,7 @@ class Answer:
             await self._start(headers, self._outcome.headers())
         elif self._commented:
             self._commented = False
-            known = " ".join(f"{name}={value}" for name, value in self._outcome.headers().items())
-            await self._send(f": vramp {_one_line(known)}\n\n".encode())
+            await self._send(closing_comment(self._outcome))
 
     async def write(self, data: bytes) -> None:
         """Model output. After it nothing else may be tried."""
@@ -138,7 +137,7 @@ class Answer:
         return body_for(self._dialect, error, self._outcome.request_id)
 
     async def _start(self, passed: Mapping[str, str], ours: Mapping[str, str]) -> None:
-        self._response = web.StreamResponse(headers={**_STREAM_HEADERS, **passed, **ours})
+        self._response = web.StreamResponse(headers={**STREAM_HEADERS, **passed, **ours})
         await self._prepare()
 
     async def _prepare(self) -> None:
@@ -153,6 +152,12 @@ class Answer:
         self._outcome.bytes_out += len(data)
         self._watch.limit(self._stall_s, ClientStalled())
         await self.response.write(data)
+
+
+def closing_comment(outcome: Outcome) -> bytes:
+    """What the headers of a stream could not know yet."""
+    known = " ".join(f"{name}={value}" for name, value in outcome.headers().items())
+    return f": vramp {_one_line(known)}\n\n".encode()
 
 
 def error_headers(error: CallError) -> dict[str, str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from random import getrandbits  # an id is no secret, and the system's own randomness costs a call into the kernel
+from typing import Protocol, cast
 
+import msgspec
 import orjson
 from aiohttp import web
 
 from proxy.catalog.catalog import Deployment
+from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Dialect
 from proxy.dialects.endpoints import dialect_of
 from proxy.dialects.envelope import body_for
@@ -48,7 +51,7 @@ class Handler:
     ) -> None:
         self.state = state
         self.draining = False
-        self._leases = leases
+        self.leases = leases
         self._metrics = metrics
         self._access_log = access_log
         self._residency = residency
@@ -76,16 +79,18 @@ class Handler:
     def cut_off(self) -> None:
         """End every request in flight with an error that its client can read."""
         for watch in self._watches:
-            watch.expire(Unavailable("vramp is stopping; the request was cut off.", code="stopping", retry_after_s=1.0))
+            watch.expire(cut_off_error())
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request and settle it, however it ends."""
-        outcome = _open(request)
-        self._in_flight += 1
-        self._idle.clear()
-        self._metrics.started()
+        tried = taken_over(request)
+        if tried is None:
+            outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", _now())
+            self.begin()
+        else:
+            outcome = tried.outcome
         try:
-            return await self._answered(request, outcome)
+            return await self._answered(request, outcome, tried.failure if tried else None)
         except ClientStalled:
             outcome.status, outcome.error = LEFT, "client_stalled"
             if request.transport is not None:
@@ -95,17 +100,28 @@ class Handler:
             outcome.status, outcome.error = LEFT, outcome.error or "client_left"
             raise
         finally:
-            outcome.duration_s = asyncio.get_running_loop().time() - outcome.started_s
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-            self._metrics.finished(outcome)
-            self._access_log.write(outcome)
+            self.end(outcome, _now())
 
-    async def _answered(self, request: web.BaseRequest, outcome: Outcome) -> web.StreamResponse:
+    def begin(self) -> None:
+        """A request is in flight. `end` follows, exactly once."""
+        self._in_flight += 1
+        self._idle.clear()
+        self._metrics.started()
+
+    def end(self, outcome: Outcome, now: float) -> None:
+        """Settle a request, however it ended."""
+        outcome.duration_s = now - outcome.started_s
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        self._metrics.finished(outcome)
+        self._access_log.write(outcome)
+
+    async def _answered(
+        self, request: web.BaseRequest, outcome: Outcome, tried: Exception | None
+    ) -> web.StreamResponse:
         timeouts = self.state.config.timeouts
-        too_long = UpstreamTimedOut(f"The request took longer than {timeouts.total_s:g} s ([timeouts] total_s).")
-        watch = Watchdog(timeouts.total_s, too_long)
+        watch = Watchdog(timeouts.total_s, total_error(timeouts))
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
         answer.last = self.draining
         tell = answer.fail
@@ -116,7 +132,7 @@ class Handler:
                 if route.endpoint is None or request.method == "OPTIONS":
                     await self._page(request, route, answer)
                 else:
-                    journey = Journey(self.state, self._leases, request, route.endpoint, answer, outcome, watch)
+                    journey = Journey(self.state, self.leases, request, route.endpoint, answer, outcome, watch, tried)
                     tell = journey.fail
                     await journey.run()
         except CallError as error:
@@ -163,7 +179,7 @@ class Handler:
 
     def malformed(self, request: web.BaseRequest, error: CallError) -> web.Response:
         """The answer to bytes that are no HTTP request of ours; it has no path, so it wears OpenAI's envelope."""
-        outcome = _open(request)
+        outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", _now())
         outcome.status, outcome.error = error.status, error.code or error.type
         self._metrics.started()
         self._metrics.finished(outcome)
@@ -173,12 +189,49 @@ class Handler:
         return web.Response(status=error.status, headers=headers, body=body)
 
 
-def _open(request: web.BaseRequest) -> Outcome:
-    given = request.headers.get("x-request-id", "")
+class Tried(msgspec.Struct, frozen=True):
+    """A request that the fast lane began, and how its first attempt failed. It is in flight already."""
+
+    outcome: Outcome
+    failure: Exception
+
+
+class TakesOver(Protocol):
+    """A connection that came from the fast lane."""
+
+    tried: Tried | None
+
+
+def taken_over(request: web.BaseRequest) -> Tried | None:
+    """What the fast lane left of this request; once, for it is of a connection's first request only."""
+    connection = cast("TakesOver | None", request.protocol)
+    if connection is None:
+        return None
+    tried, connection.tried = connection.tried, None
+    return tried
+
+
+def open_outcome(headers: Mapping[str, str], method: str, path: str, remote: str, now: float) -> Outcome:
+    """The record of a request that begins now (loop time)."""
+    given = headers.get("x-request-id", "")
     return Outcome(
-        request_id=given if _SANE_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}",
-        method=request.method,
-        path=request.path,
-        started_s=asyncio.get_running_loop().time(),
-        remote=request.remote or "",
+        request_id=given if given and _SANE_ID.fullmatch(given) else f"req-{getrandbits(96):024x}",
+        method=method,
+        path=path,
+        started_s=now,
+        remote=remote,
     )
+
+
+def total_error(timeouts: TimeoutsConfig) -> UpstreamTimedOut:
+    """The end of a request that takes too long, whatever it waits for."""
+    return UpstreamTimedOut(f"The request took longer than {timeouts.total_s:g} s ([timeouts] total_s).")
+
+
+def cut_off_error() -> Unavailable:
+    """The end of a request that a stop does not wait for."""
+    return Unavailable("vramp is stopping; the request was cut off.", code="stopping", retry_after_s=1.0)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -12,14 +12,17 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
+from typing import Protocol as Interface
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
+from ext.relay import Relay
 from proxy.errors import CallError, HeadersTooLarge, InvalidRequest
-from proxy.server.handler import Handler
+from proxy.server.fast import FastLane
+from proxy.server.handler import LEFT, Handler, Tried
 
 log = logging.getLogger("vramp.server")
 
@@ -39,13 +42,23 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Protocol(RequestHandler):
-    """One client connection."""
+    """One client connection. One that the fast lane hands over comes with what was `read` of it."""
 
-    __slots__ = ("_handler", "_stall_ms")
+    __slots__ = ("_handler", "_read", "_stall_ms", "tried")
 
-    def __init__(self, manager: HttpServer, handler: Handler, limits: Limits, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        manager: HttpServer,
+        handler: Handler,
+        limits: Limits,
+        read: bytes = b"",
+        tried: Tried | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(manager, **kwargs)
         self._handler = handler
+        self._read = read
+        self.tried = tried
         self._stall_ms = int(limits.write_stall_s * 1000)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -54,6 +67,17 @@ class Protocol(RequestHandler):
         if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT") and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_ms)
         super().connection_made(transport)
+        if self._read:
+            self.data_received(self._read)  # before the transport reads anything itself
+            self._read = b""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Settle a request that was taken over and never reached its handler."""
+        super().connection_lost(exc)
+        tried, self.tried = self.tried, None
+        if tried is not None:
+            tried.outcome.status, tried.outcome.error = LEFT, "client_left"
+            self._handler.end(tried.outcome, asyncio.get_running_loop().time())
 
     def _make_error_handler(self, err_info: Any) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
         async def refuse(request: web.BaseRequest) -> web.StreamResponse:
@@ -94,12 +118,14 @@ class HttpServer(web.Server):
         self._handler = handler
         self._limits = limits
 
-    def __call__(self) -> RequestHandler:
-        """A protocol for a new connection."""
+    def __call__(self, read: bytes = b"", tried: Tried | None = None) -> RequestHandler:
+        """A protocol for a new connection, or for one of which something was `read` already."""
         return Protocol(
             self,
             self._handler,
             self._limits,
+            read,
+            tried,
             loop=self._loop,
             keepalive_timeout=self._limits.keepalive_s,
             access_log=cast("logging.Logger", None),
@@ -120,15 +146,10 @@ def _explain(error: BaseException) -> CallError:
 class Server:
     """A running listener. `drain`, then `close`."""
 
-    def __init__(self, handler: Handler, protocol: HttpServer, listeners: Sequence[asyncio.Server]) -> None:
+    def __init__(self, handler: Handler, protocol: HttpServer, listeners: Sequence[Listener]) -> None:
         self._handler = handler
         self._protocol = protocol
         self._listeners = listeners
-
-    @property
-    def addresses(self) -> list[Any]:
-        """Where it listens."""
-        return [each.getsockname() for listener in self._listeners for each in listener.sockets]
 
     async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
         """Let what is in flight finish; True when all of it did in time.
@@ -151,20 +172,66 @@ class Server:
         self._stop_listening()
         self._handler.draining = True
         self._handler.cut_off()
+        for listener in self._listeners:
+            listener.cut_off()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CUT_OFF_S):
                 await self._handler.until_idle()
+        for listener in self._listeners:
+            listener.close()
         self._protocol.pre_shutdown()
         await self._protocol.shutdown(timeout=0.1)
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
-            listener.close()
+            listener.stop()
 
 
-async def start(handler: Handler, sockets: Sequence[socket.socket], limits: Limits) -> Server:
-    """Serve on these bound sockets, on the running loop. The server closes its own duplicates, never the sockets."""
+class Listener(Interface):
+    """What accepts connections, in either lane."""
+
+    def stop(self) -> None:
+        """Accept nothing more. Idempotent."""
+        ...
+
+    def cut_off(self) -> None:
+        """End what is in flight here with what can still be said, after the handler's own requests."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections that are only here. Idempotent."""
+        ...
+
+
+class Ordinary:
+    """A listening socket whose connections go to aiohttp at once."""
+
+    def __init__(self, server: asyncio.Server) -> None:
+        self._server = server
+
+    def stop(self) -> None:
+        """See `Listener`."""
+        self._server.close()
+
+    def cut_off(self) -> None:
+        """Nothing: what is in flight is the handler's."""
+
+    def close(self) -> None:
+        """Nothing: the connections are aiohttp's."""
+
+
+async def start(handler: Handler, sockets: Sequence[socket.socket], limits: Limits, *, fast: bool = False) -> Server:
+    """Serve on these bound sockets, on the running loop. The server closes its own duplicates, never the sockets.
+
+    `fast`: through the fast lane, where it was built; what it does not take goes to aiohttp.
+    """
     loop = asyncio.get_running_loop()
     protocol = HttpServer(handler, limits)
-    listeners = [await loop.create_server(protocol, sock=each.dup(), backlog=BACKLOG) for each in sockets]
-    return Server(handler, protocol, listeners)
+    if fast and Relay is not None:
+        lane = FastLane(handler, protocol, keepalive_s=limits.keepalive_s)
+        for each in sockets:
+            each.listen(BACKLOG)
+            lane.listen(each.dup())
+        return Server(handler, protocol, [lane])
+    servers = [await loop.create_server(protocol, sock=each.dup(), backlog=BACKLOG) for each in sockets]
+    return Server(handler, protocol, [Ordinary(server) for server in servers])

@@ -8,12 +8,14 @@ block, and the client is told.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
 import orjson
 from aiohttp import web
 
+from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Call, Endpoint
 from proxy.dialects.decode import decode
 from proxy.dialects.endpoints import WITH_STREAM_OPTIONS
@@ -24,17 +26,19 @@ from proxy.providers.base import Broken, Unreachable
 from proxy.routing.router import Candidate
 from proxy.server.answer import Answer
 from proxy.server.body import read_body
-from proxy.server.relay import Relay, UpstreamRefused
+from proxy.server.record import UpstreamRefused
+from proxy.server.relay import Relay
 from proxy.server.state import State
 from proxy.server.watchdog import Watchdog
 from scheduler.driver import Lease, Refused
-from scheduler.model import RefusalCode, Ticket
+from scheduler.model import LatencyClass, RefusalCode, Ticket
 
 FIRST_COMMENT_S = 1.0
 COMMENT_EVERY_S = 3.0
 UNREACHABLE_RETRY_S = 1.0  # an engine that died is noticed and replaced by then; a remote's hiccup may be over
 OUTPUT_TOKENS = 512  # reserved where a request sets no limit: a guess that decides packing, never a refusal
 FAILOVER_STATUSES = frozenset({429, 502, 503, 504})
+CLASS_NAMES = {each: each.name.lower() for each in LatencyClass}
 FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta", "openai-beta")
 
 
@@ -61,6 +65,14 @@ class Leases(Protocol):
 
     def lease(self, ticket: Ticket) -> Waits:
         """Ask for a lease; leaving the `with` block withdraws or returns it."""
+        ...
+
+    def lease_now(self, ticket: Ticket) -> Lease | None:
+        """A lease if one can be had at once, else nothing happens. It goes back by `give_back`."""
+        ...
+
+    def give_back(self, ticket_id: int) -> None:
+        """Return what `lease_now` gave, once."""
         ...
 
     def new_ticket_id(self) -> int:
@@ -100,6 +112,7 @@ class Journey:
         answer: Answer,
         outcome: Outcome,
         watch: Watchdog,
+        tried: Exception | None = None,
     ) -> None:
         self._state = state
         self._leases = leases
@@ -108,6 +121,7 @@ class Journey:
         self._answer = answer
         self._outcome = outcome
         self._watch = watch
+        self._tried = tried  # how the first attempt failed, where the fast lane made it
 
     async def run(self) -> None:
         """Answer the client. Raises `CallError` for what it is still to be told."""
@@ -116,8 +130,7 @@ class Journey:
         call = await self._decode()
         call.tenant = tenant
         decision = self._state.router.decide(call)
-        self._outcome.model, self._outcome.stream = call.model, call.stream
-        self._outcome.latency_class = call.latency_class.name.lower()
+        note_call(self._outcome, call)
         relay = Relay(call, self._answer, self._outcome, self._watch, self._state.config.timeouts)
         failed: AttemptFailed | None = None
         for candidate in decision.candidates:
@@ -134,25 +147,13 @@ class Journey:
         state = self._state
         body = await read_body(self._request, state.max_body, state.config.timeouts.read_body_s)
         self._outcome.bytes_in = len(body)
-        call = decode(
-            self._endpoint,
-            self._request.headers,
-            body,
-            default_model=state.catalog.default_for(self._endpoint.task),
-            default_class=state.default_class,
-            max_depth=state.config.limits.max_json_depth,
-        )
+        call = decode(self._endpoint, self._request.headers, body, state.defaults[self._endpoint.task])
         call.request_id = self._outcome.request_id
         return call
 
     async def _attempt(self, call: Call, candidate: Candidate, relay: Relay) -> None:
-        self._outcome.attempts += 1
-        self._outcome.backend, self._outcome.reason = candidate.deployment.where, candidate.reason
-        if not candidate.deployment.local:
-            await self._exchange(call, candidate, relay, None)
-            return
         try:
-            await self._on_engine(call, candidate, relay)
+            await self._try(call, candidate, relay)
         except EngineBroke as broke:
             # It may have died under us, or between the grant and now. Nothing has reached the client and nobody was
             # charged, so the request is done again on a new engine: once, since it may be what kills engines.
@@ -161,8 +162,18 @@ class Journey:
             self._outcome.attempts += 1
             await self._on_engine(call, candidate, relay)
 
+    async def _try(self, call: Call, candidate: Candidate, relay: Relay) -> None:
+        if self._tried is not None:
+            tried, self._tried = self._tried, None
+            raise tried
+        note_attempt(self._outcome, candidate)
+        if candidate.local:
+            await self._on_engine(call, candidate, relay)
+        else:
+            await self._exchange(call, candidate, relay, None)
+
     async def _on_engine(self, call: Call, candidate: Candidate, relay: Relay) -> None:
-        with self._leases.lease(self._ticket(call, candidate)) as waiting:
+        with self._leases.lease(ticket_for(call, candidate, self._state, self._leases, self._outcome)) as waiting:
             try:
                 lease = await self._granted(call, waiting)
             except Refused as refused:
@@ -175,18 +186,6 @@ class Journey:
                 if isinstance(failure.__cause__, Unreachable | Broken):
                     raise EngineBroke(failure.error, lease.engine_id) from failure
                 raise
-
-    def _ticket(self, call: Call, candidate: Candidate) -> Ticket:
-        limit_ms = call.deadline_ms or self._state.deadlines_ms.get(call.latency_class)
-        output = call.max_output_tokens if call.max_output_tokens is not None else OUTPUT_TOKENS
-        return Ticket(
-            id=self._leases.new_ticket_id(),
-            model=candidate.deployment.name,
-            latency_class=call.latency_class,
-            tenant=call.tenant,
-            weight_tokens=call.prompt_tokens_estimate + output,
-            deadline_s=None if limit_ms is None else self._outcome.started_s + limit_ms / 1000,
-        )
 
     async def _granted(self, call: Call, waiting: Waits) -> Lease:
         """The lease; a streaming client is told from time to time what it waits for."""
@@ -206,44 +205,22 @@ class Journey:
     async def _exchange(self, call: Call, candidate: Candidate, relay: Relay, base_url: str | None) -> None:
         deployment = candidate.deployment
         provider = self._state.providers[deployment.backend.name]
-        first_byte_s = self._state.config.timeouts.first_byte_s
-        self._watch.limit(
-            first_byte_s,
-            UpstreamTimedOut(f"The model did not begin to answer in {first_byte_s:g} s ([timeouts] first_byte_s)."),
-        )
-        body = self._body_for(call, deployment.model.upstream_model)
+        timeouts = self._state.config.timeouts
+        self._watch.limit(timeouts.first_byte_s, first_byte_error(timeouts))
+        body = splice(call.body, changes_for(call, deployment.model.upstream_model), call.spans)
         asked_s = self._watch.now()
         try:
             async with provider.send(
-                self._endpoint.upstream_path, body, self._forwarded(), base_url=base_url
+                self._endpoint.upstream_path, body, forwarded(self._request.headers), base_url=base_url
             ) as upstream:
                 if 200 <= upstream.status < 300:
                     await relay.carry(upstream, asked_s)
                     return
-                refused = await relay.refusal(upstream, where=deployment.where, local=deployment.local)
+                refused = await relay.refusal(upstream, where=candidate.where, local=candidate.local)
                 status = upstream.status
-        except Unreachable as problem:
-            words = f"Model '{call.model}' cannot be reached: {problem}."
-            raise AttemptFailed(Unavailable(words, retry_after_s=UNREACHABLE_RETRY_S)) from problem
-        except Broken as problem:
-            raise AttemptFailed(UpstreamFailed(f"Model '{call.model}' broke off: {problem}.")) from problem
+        except (Unreachable, Broken) as problem:
+            raise AttemptFailed(error_of(call, problem)) from problem
         raise AttemptFailed(refused) if status in FAILOVER_STATUSES else refused
-
-    def _body_for(self, call: Call, upstream_model: str | None) -> bytes:
-        changes: dict[str, bytes] = {}
-        if upstream_model is not None and upstream_model != call.model:
-            changes["model"] = orjson.dumps(upstream_model)
-        elif not call.names_model:
-            changes["model"] = orjson.dumps(call.model)
-        if call.stream and not call.wants_usage and self._endpoint.path in WITH_STREAM_OPTIONS:
-            changes["stream_options"] = b'{"include_usage":true}'
-        if call.priority is not None and call.priority < 0:
-            changes["priority"] = b"0"  # vLLM serves lower numbers first: callers may step back, not push forward
-        return splice(call.body, changes)
-
-    def _forwarded(self) -> dict[str, str]:
-        headers = self._request.headers
-        return {name: headers[name] for name in FORWARDED if name in headers}
 
     async def fail(self, error: CallError) -> None:
         """Tell the client: the upstream's own words where they are whole and nothing has been sent, else ours."""
@@ -252,6 +229,66 @@ class Journey:
             await self._answer.whole(error.status, error.headers, error.raw)
         else:
             await self._answer.fail(error)
+
+
+def note_call(outcome: Outcome, call: Call) -> None:
+    """Record what is called. Only after routing knew the model: the metrics' labels are made of it."""
+    outcome.model, outcome.stream = call.model, call.stream
+    outcome.latency_class = CLASS_NAMES[call.latency_class]
+
+
+def note_attempt(outcome: Outcome, candidate: Candidate) -> None:
+    """Record one attempt more, and where."""
+    outcome.attempts += 1
+    outcome.backend, outcome.reason = candidate.where, candidate.reason
+
+
+def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, outcome: Outcome) -> Ticket:
+    """What the scheduler is asked for."""
+    limit_ms = call.deadline_ms or state.deadlines_ms.get(call.latency_class)
+    output = call.max_output_tokens if call.max_output_tokens is not None else OUTPUT_TOKENS
+    return Ticket(
+        id=leases.new_ticket_id(),
+        model=candidate.deployment.name,
+        latency_class=call.latency_class,
+        tenant=call.tenant,
+        weight_tokens=call.prompt_tokens_estimate + output,
+        deadline_s=None if limit_ms is None else outcome.started_s + limit_ms / 1000,
+    )
+
+
+def changes_for(call: Call, upstream_model: str | None) -> dict[str, bytes]:
+    """What is spliced into the body: top-level members and their new values, as JSON."""
+    changes: dict[str, bytes] = {}
+    if upstream_model is not None and upstream_model != call.model:
+        changes["model"] = orjson.dumps(upstream_model)
+    elif not call.names_model:
+        changes["model"] = orjson.dumps(call.model)
+    if call.stream and not call.wants_usage and call.endpoint.path in WITH_STREAM_OPTIONS:
+        changes["stream_options"] = b'{"include_usage":true}'
+    if call.priority is not None and call.priority < 0:
+        changes["priority"] = b"0"  # vLLM serves lower numbers first: callers may step back, not push forward
+    return changes
+
+
+def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
+    """The client's headers that go upstream."""
+    return {name: headers[name] for name in FORWARDED if name in headers}
+
+
+def first_byte_error(timeouts: TimeoutsConfig) -> UpstreamTimedOut:
+    """The end of a wait for an answer."""
+    return UpstreamTimedOut(
+        f"The model did not begin to answer in {timeouts.first_byte_s:g} s ([timeouts] first_byte_s)."
+    )
+
+
+def error_of(call: Call, problem: Unreachable | Broken) -> CallError:
+    """What a connection's failure means to the caller."""
+    if isinstance(problem, Unreachable):
+        words = f"Model '{call.model}' cannot be reached: {problem}."
+        return Unavailable(words, retry_after_s=UNREACHABLE_RETRY_S)
+    return UpstreamFailed(f"Model '{call.model}' broke off: {problem}.")
 
 
 def _refusal(refused: Refused) -> Exception:

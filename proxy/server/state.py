@@ -8,6 +8,8 @@ import msgspec
 
 from proxy.catalog.catalog import Catalog
 from proxy.config import Config
+from proxy.dialects.call import Task
+from proxy.dialects.decode import Defaults
 from proxy.gate.keys import Keys
 from proxy.providers.base import Provider
 from proxy.routing.router import Router
@@ -23,7 +25,7 @@ class State(msgspec.Struct, frozen=True):
     router: Router
     keys: Keys
     providers: Mapping[str, Provider]
-    default_class: LatencyClass
+    defaults: Mapping[Task, Defaults]
     max_body: int
     max_header: int
     deadlines_ms: Mapping[LatencyClass, float]
@@ -37,7 +39,14 @@ class State(msgspec.Struct, frozen=True):
             router=Router(catalog),
             keys=keys,
             providers=providers,
-            default_class=LatencyClass[config.defaults.latency_class.upper()],
+            defaults={
+                task: Defaults(
+                    model=catalog.default_for(task),
+                    latency_class=LatencyClass[config.defaults.latency_class.upper()],
+                    max_depth=config.limits.max_json_depth,
+                )
+                for task in Task
+            },
             max_body=byte_size(config.limits.max_body),
             max_header=byte_size(config.limits.max_header),
             deadlines_ms={

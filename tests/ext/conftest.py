@@ -14,6 +14,8 @@ CLASSES = {
     "fair_queue": ("FairQueue",),
     "sse": ("EventScanner",),
     "rate_counters": ("RateCounters",),
+    "body_scan": (),
+    "relay": (),
 }
 
 # Machines that run these differ tenfold in speed, and a counterexample must be found again by anyone. The fuzz run of

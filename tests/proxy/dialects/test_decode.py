@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.dialects.call import Call
-from proxy.dialects.decode import decode
+from proxy.dialects.decode import Defaults, decode
 from proxy.dialects.endpoints import ENDPOINTS
 from proxy.errors import InvalidRequest
 from scheduler.model import LatencyClass
@@ -49,9 +49,9 @@ def test_unknown_fields_are_left_to_the_engine() -> None:
 
 def test_the_default_model_stands_in_only_where_none_is_named() -> None:
     chat = ENDPOINTS["/v1/chat/completions"]
-    read = decode(chat, {}, b'{"messages":[]}', default_model="d")
+    read = decode(chat, {}, b'{"messages":[]}', Defaults(model="d"))
     assert (read.model, read.names_model) == ("d", False)
-    read = decode(chat, {}, b'{"messages":[],"model":"m"}', default_model="d")
+    read = decode(chat, {}, b'{"messages":[],"model":"m"}', Defaults(model="d"))
     assert (read.model, read.names_model) == ("m", True)
 
 

@@ -45,7 +45,8 @@ class CountingLog(AccessLog):
 class Proxy:
     """The server under test on a free port, over fake upstreams (engine and remote) and a fake scheduler."""
 
-    def __init__(self, upstream: FakeUpstream, remote: FakeUpstream, log: Path) -> None:
+    def __init__(self, upstream: FakeUpstream, remote: FakeUpstream, log: Path, *, fast: bool = False) -> None:
+        self.fast = fast
         self.upstream = upstream
         self.remote = remote
         self.scheduler = FakeScheduler(upstream.base_url)
@@ -96,7 +97,7 @@ class Proxy:
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.address: tuple[str, int] = listening.getsockname()
-        self.server = await start(self.handler, [listening], Limits(write_stall_s=5.0))
+        self.server = await start(self.handler, [listening], Limits(write_stall_s=5.0), fast=self.fast)
         listening.close()
         self.url = "http://{}:{}".format(*self.address)
         self.session = aiohttp.ClientSession(self.url)
@@ -146,13 +147,13 @@ class Proxy:
         assert (await response.json())["choices"][0]["message"]["content"] == "Hello."
 
 
-@pytest.fixture
+@pytest.fixture(params=["ordinary", pytest.param("fast", marks=pytest.mark.native)])
 async def proxy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> AsyncIterator[Proxy]:
     monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
     async with FakeUpstream() as upstream, FakeUpstream() as remote:
-        proxy = Proxy(upstream, remote, tmp_path / "access.log")
+        proxy = Proxy(upstream, remote, tmp_path / "access.log", fast=request.param == "fast")
         await proxy.start()
         yield proxy
         await proxy.stop()

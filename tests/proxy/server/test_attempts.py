@@ -72,8 +72,9 @@ async def test_an_engine_that_dies_before_its_first_event_is_answered_for_by_the
     proxy.upstream.behave = stream(b": thinking\n\ndata: {", then=die)
     proxy.remote.behave = stream()
     body = await (await proxy.chat(model="both", stream=True)).read()
-    assert body.startswith(b": thinking\n\n: vramp ")
-    assert b"x-vramp-backend=remote/cloud" in body
+    if not proxy.fast:  # which holds an upstream's comments back while somebody else may answer
+        assert body.startswith(b": thinking\n\n: vramp ")
+        assert b"x-vramp-backend=remote/cloud" in body
     assert body.endswith(STREAM.replace(USAGE_CHUNK, b""))
 
 

@@ -1,0 +1,109 @@
+"""The protocol between the relay and Python. Theory: `_relay.pyx`. Spans are in seconds."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from ext.body_scan import Spans
+
+class Exchange(Protocol):
+    """One request that was decided. After `whole`, `ended` or `failed` nothing else is called."""
+
+    def scan(self, headers: dict[str, str]) -> Callable[[bytes], bytes]:
+        """The answer is an event stream: what each piece of it goes through."""
+
+    def begin(self, events: bytes) -> tuple[bytes, bool]:
+        """The first events: (what goes out as it is, whether it has output, so that the rest needs no Python)."""
+
+    def large(self, status: int, headers: dict[str, str], length: int) -> bytes:
+        """The answer is too large to be held: its head. `length` is -1 where it will be chunked."""
+
+    def whole(self, status: int, headers: dict[str, str], body: bytes) -> bytes | None:
+        """The answer is complete and nothing of it is out: all that the client gets, or None to hand it over."""
+
+    def ended(self, tail: bytes) -> bytes | None:
+        """An answer that was begun is complete: its last bytes as they are. None ends it as a failure does."""
+
+    def failed(self, kind: int, words: str) -> bytes | None:
+        """The last bytes; None where nothing can be said: hand over what has not begun, cut off what has."""
+
+class Owner(Protocol):
+    """Who decides."""
+
+    def decide(self, client: Client) -> Exchange | None:
+        """The exchange of a whole request, after `client.forward`; None to hand it over. Never waits."""
+
+    def hand_over(self, fd: int, data: bytes, exchange: Exchange | None) -> None:
+        """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it."""
+
+    def bug(self, exchange: Exchange | None) -> None:
+        """Called in an `except` block: an error of ours ended this exchange and its connections."""
+
+class Pool:
+    """The idle connections to one numeric address."""
+
+    def __init__(self, host: str, port: int, keepalive_s: float) -> None: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def idle(self) -> int: ...
+
+class Limits:
+    """Limits of the waits of an exchange, in seconds."""
+
+    def __init__(
+        self, *, connect_s: float, first_byte_s: float, idle_s: float, total_s: float, stall_s: float
+    ) -> None: ...
+
+class Client:
+    """A client's connection with a request on it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def headers(self) -> dict[str, str]: ...
+    @property
+    def remote(self) -> str: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def body_size(self) -> int: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def started(self) -> bool: ...
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of the answer's body that went without asking."""
+    @property
+    def first_byte_s(self) -> float: ...
+    def scan(self, max_depth: int) -> tuple[bytes, Spans] | None: ...
+    def forward(self, pool: Pool, head: bytes, edits: list[tuple[int, int, bytes]], limits: Limits) -> None:
+        """Send the request when `decide` returns: this whole head, then the body with (start, end, new bytes) edits."""
+
+class Relay:
+    """The relay. `kept` are the headers that `Client.headers` has, `foreign` beginnings of those that are not taken."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        *,
+        paths: Iterable[str],
+        kept: Iterable[str],
+        foreign: Iterable[str],
+        passed: Iterable[str],
+        passed_families: Iterable[str],
+        keepalive_s: float,
+    ) -> None: ...
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def connections(self) -> int: ...
+    def fileno(self) -> int: ...
+    def listen(self, fd: int) -> None: ...
+    def stop_listening(self) -> None: ...
+    def pump(self) -> None: ...
+    def tick(self) -> None: ...
+    def cut_off(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,1484 @@
+# distutils: language = c++
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False, cdivision=True
+"""The relay: sockets, HTTP/1.1 framing and time limits of calls that go straight through, in native code.
+
+It lives in an epoll descriptor of its own, which any event loop can watch: whenever that is readable, `pump` handles
+what is ready. Python is entered for decisions: once for a request, once at the end of its answer, and for a stream once
+at its first output. It is a *recogniser*, not an HTTP server. What is not exactly one of a few kinds of request, written
+in a narrow grammar, goes with its connection and all of its bytes to whoever `hand_over` gives it.
+
+    client --head, body--> decide --forward--> upstream --head--> body | events --> client
+       \\--- not recognised, not decided, failed before the answer began: hand_over
+
+What always holds:
+- a client's request stays in its buffer until the answer begins, so until then it can be handed over or sent again;
+- of one exchange at most one of `whole`, `ended`, `failed` is called, once, except that `whole` may decline by None;
+- nothing is read from an upstream while its client has bytes to take, so what waits for a client is one read at most;
+- a connection whose descriptor is closed is kept until the batch of events is over, since one of them may name it.
+
+Its twin is the ordinary lane of the proxy's server. The protocol with Python is in `_relay.pyi`.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.errno cimport EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, ENOTCONN, errno
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memchr, memcmp, memcpy, memmove
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from ext._body_scan import scan
+
+cdef extern from *:
+    """
+    #include <arpa/inet.h>
+    #include <errno.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
+    #include <string.h>
+    #include <sys/epoll.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static inline long long vr_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return t.tv_sec * 1000000000ll + t.tv_nsec;
+    }
+    static inline int vr_watch(int ep, int op, int fd, unsigned events, void *tag) {
+        struct epoll_event e; e.events = events; e.data.ptr = tag;
+        return epoll_ctl(ep, op, fd, &e);
+    }
+    static void vr_no_delay(int fd) { int one = 1; setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); }
+
+    /* Accept one connection; `text` gets the peer's address, or nothing where it has none. */
+    static int vr_accept(int listener, char *text, int size) {
+        struct sockaddr_storage a; socklen_t n = sizeof a; int one = 1;
+        int fd = accept4(listener, (struct sockaddr *)&a, &n, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        text[0] = 0;
+        if (fd < 0) return fd;
+        if (a.ss_family == AF_INET) inet_ntop(AF_INET, &((struct sockaddr_in *)&a)->sin_addr, text, size);
+        if (a.ss_family == AF_INET6) inet_ntop(AF_INET6, &((struct sockaddr_in6 *)&a)->sin6_addr, text, size);
+        vr_no_delay(fd);
+        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+        return fd;
+    }
+    /* Begin to connect to a numeric address; -1 with errno. */
+    static int vr_connect(const char *host, int port) {
+        struct sockaddr_in a4; struct sockaddr_in6 a6; struct sockaddr *a; socklen_t n; int fd;
+        memset(&a4, 0, sizeof a4); memset(&a6, 0, sizeof a6);
+        if (inet_pton(AF_INET, host, &a4.sin_addr) == 1) {
+            a4.sin_family = AF_INET; a4.sin_port = htons(port); a = (struct sockaddr *)&a4; n = sizeof a4;
+        } else if (inet_pton(AF_INET6, host, &a6.sin6_addr) == 1) {
+            a6.sin6_family = AF_INET6; a6.sin6_port = htons(port); a = (struct sockaddr *)&a6; n = sizeof a6;
+        } else { errno = EINVAL; return -1; }
+        fd = socket(a->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        if (fd < 0) return -1;
+        vr_no_delay(fd);
+        if (connect(fd, a, n) < 0 && errno != EINPROGRESS) { int e = errno; close(fd); errno = e; return -1; }
+        return fd;
+    }
+    static int vr_error(int fd) {
+        int e = 0; socklen_t n = sizeof e;
+        return getsockopt(fd, SOL_SOCKET, SO_ERROR, &e, &n) < 0 ? errno : e;
+    }
+    static ssize_t vr_send(int fd, struct iovec *parts, int count) {
+        struct msghdr m; memset(&m, 0, sizeof m); m.msg_iov = parts; m.msg_iovlen = count;
+        return sendmsg(fd, &m, MSG_NOSIGNAL);
+    }
+    /* RFC 9110's token characters, and what a header's value may hold (ours: ASCII only; an upstream's: any text). */
+    static inline int vr_token(unsigned char c) {
+        if ((c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z') || c == '-') return 1;
+        return c && strchr("!#$%&'*+-.^_`|~", c) != 0;
+    }
+    static inline int vr_text(unsigned char c) { return c == 9 || (c >= 32 && c != 127); }
+    """
+    cdef struct iovec:
+        void* iov_base
+        size_t iov_len
+    cdef union epoll_data_t:
+        void* ptr
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    long long vr_now() noexcept nogil
+    int vr_watch(int ep, int op, int fd, unsigned events, void* tag) noexcept nogil
+    int vr_accept(int listener, char* text, int size) noexcept nogil
+    int vr_connect(const char* host, int port) noexcept nogil
+    int vr_error(int fd) noexcept nogil
+    ssize_t vr_send(int fd, iovec* parts, int count) noexcept nogil
+    bint vr_token(unsigned char c) noexcept nogil
+    bint vr_text(unsigned char c) noexcept nogil
+    int epoll_create1(int flags) nogil
+    int epoll_wait(int ep, epoll_event* events, int most, int timeout_ms) nogil
+    int epoll_close "close"(int fd) nogil
+    ssize_t recv(int fd, void* buffer, size_t size, int flags) nogil
+    void* memmem(const void* where, size_t size, const void* what, size_t length) nogil
+    char* strerror(int number) nogil
+    enum:
+        EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLEXCLUSIVE
+        EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLL_CLOEXEC
+
+# How an exchange fails: `ext.relay.Failure`.
+cdef enum:
+    K_LEFT = 1
+    K_STALLED = 2
+    K_UNREACHABLE = 3
+    K_BROKE = 4
+    K_FIRST_BYTE = 5
+    K_IDLE = 6
+    K_TOTAL = 7
+    K_STOPPING = 8
+    K_WAIT = 9  # for a request, or for the rest of one
+
+cdef enum:
+    BATCH = 256
+    ACCEPTS = 64  # at once, then the others get a turn
+    SCRATCH = 1 << 17
+    MOST_HEAD = 16 << 10
+    MOST_HEADERS = 64
+    MOST_BODY = 256 << 10
+    MOST_AHEAD = 64 << 10  # of a client that sends while it is answered
+    MOST_ANSWER = 1 << 20  # an answer up to this size is held until it is whole
+    MOST_REFUSAL = 64 << 10  # no error envelope is larger
+    TAIL = 4096  # of a larger answer, where its usage is
+    SMALL = 16 << 10  # a connection keeps a buffer of this size when it has nothing to hold
+    SLOTS = 512
+    NAME = 40  # longer header names are none of ours
+
+cdef long long SECOND = 1000000000
+cdef long long TICK = 50000000
+cdef long long PARTIAL = 1000000000  # for a request to become whole before the other lane waits for it
+cdef long long NEVER = 1 << 62
+
+cdef bytes CRLF2 = b"\r\n\r\n"
+
+cdef enum Mode:
+    HELD = 0
+    EVENTS = 1
+    THROUGH = 2
+
+cdef enum Framing:
+    HEAD = 0
+    LENGTH = 1
+    UNTIL_CLOSE = 2
+    CHUNKED = 3
+    COMPLETE = 4
+
+cdef enum Chunk:
+    SIZE = 0
+    EXTENSION = 1
+    SIZE_LF = 2
+    DATA = 3
+    DATA_CR = 4
+    DATA_LF = 5
+    TRAILER = 6
+    TRAILER_LINE = 7
+    TRAILER_LF = 8
+    LAST_LF = 9
+
+
+cdef class Names:
+    """A small set of header names, compared without making objects."""
+
+    cdef vector[string] _names
+    cdef list _texts
+    cdef unsigned long long _sizes
+
+    def __cinit__(self, names):
+        self._texts = sorted(names)
+        for name in self._texts:
+            raw = name.encode("ascii")
+            self._names.push_back(raw)
+            self._sizes |= 1ULL << len(raw)
+
+    cdef str find(self, const char* name, size_t size):
+        cdef size_t i
+        if size >= NAME or not (self._sizes >> size) & 1:
+            return None
+        for i in range(self._names.size()):
+            if self._names[i].size() == size and memcmp(self._names[i].data(), name, size) == 0:
+                return <str>self._texts[i]
+        return None
+
+    cdef bint begins(self, const char* name, size_t size):
+        """Whether one of the names is a prefix of this one."""
+        cdef size_t i
+        for i in range(self._names.size()):
+            if self._names[i].size() <= size and memcmp(self._names[i].data(), name, self._names[i].size()) == 0:
+                return True
+        return False
+
+
+cdef struct Field:
+    char name[NAME]  # lower case; `size` 0 where it was longer than any name we know
+    size_t size
+    const char* value
+    size_t length
+
+
+cdef const char* _field(const char* p, const char* end, Field* field) noexcept nogil:
+    """Read one header line, CRLF included, into `field`; NULL where it is not plainly one. `end` is past a CRLF."""
+    cdef size_t size = 0
+    cdef const char* stop
+    while vr_token(p[0]):
+        if size < NAME:
+            field.name[size] = p[0] | 32 if 65 <= p[0] <= 90 else p[0]
+        size += 1
+        p += 1
+    if size == 0 or p[0] != 58:
+        return NULL
+    field.size = size if size < NAME else 0
+    p += 1
+    stop = p
+    while vr_text(stop[0]):
+        stop += 1
+    if end - stop < 2 or stop[0] != 13 or stop[1] != 10:
+        return NULL
+    while p < stop and (p[0] == 32 or p[0] == 9):
+        p += 1
+    field.value = p
+    field.length = stop - p
+    while field.length and (p[field.length - 1] == 32 or p[field.length - 1] == 9):
+        field.length -= 1
+    return stop + 2
+
+
+cdef inline bint _named(Field* field, const char* name, size_t size) noexcept nogil:
+    return field.size == size and memcmp(field.name, name, size) == 0
+
+
+cdef bint _same(const char* text, size_t size, const char* lower, size_t length) noexcept nogil:
+    """Equal but for the case of letters."""
+    cdef size_t i
+    if size != length:
+        return False
+    for i in range(size):
+        if (text[i] | 32 if 65 <= text[i] <= 90 else text[i]) != lower[i]:
+            return False
+    return True
+
+
+cdef long long _digits(const char* text, size_t size) noexcept nogil:
+    """A length; -1 where it is not digits, or more of them than any body of ours has."""
+    cdef long long value = 0
+    cdef size_t i
+    if size < 1 or size > 15:
+        return -1
+    for i in range(size):
+        if not 48 <= text[i] <= 57:
+            return -1
+        value = value * 10 + text[i] - 48
+    return value
+
+
+cdef bint _json(const char* text, size_t size) noexcept nogil:
+    return (
+        _same(text, size, b"application/json", 16)
+        or _same(text, size, b"application/json; charset=utf-8", 31)
+        or _same(text, size, b"application/json;charset=utf-8", 30)
+    )
+
+
+cdef str _text(const char* at, size_t size):
+    return PyUnicode_DecodeUTF8(at, size, "surrogateescape")
+
+
+cdef class Pool:
+    """The idle connections to one address, the latest used first."""
+
+    cdef readonly str host
+    cdef readonly int port
+    cdef bytes _host
+    cdef long long _keep
+    cdef list _idle
+
+    def __cinit__(self, str host not None, int port, double keepalive_s):
+        self.host, self.port = host, port
+        self._host = host.encode("ascii")
+        self._keep = <long long>(keepalive_s * SECOND)
+        self._idle = []
+
+    @property
+    def idle(self):
+        """How many connections wait for their next request."""
+        return len(self._idle)
+
+
+cdef class Limits:
+    """How long the waits of an exchange may take."""
+
+    cdef long long connect, first_byte, idle, total, stall
+
+    def __cinit__(self, *, double connect_s, double first_byte_s, double idle_s, double total_s, double stall_s):
+        self.connect = <long long>(connect_s * SECOND)
+        self.first_byte = <long long>(first_byte_s * SECOND)
+        self.idle = <long long>(idle_s * SECOND)
+        self.total = <long long>(total_s * SECOND)
+        self.stall = <long long>(stall_s * SECOND)
+
+
+cdef class Conn:
+    """One socket in the relay's epoll descriptor, with what could not be written to it yet."""
+
+    cdef Relay _relay
+    cdef int _fd
+    cdef unsigned _mask
+    cdef bint _closed
+    cdef char* _out
+    cdef size_t _out_off, _out_len, _out_cap
+    cdef long long _deadline, _due
+
+    def __cinit__(self, *args):
+        self._fd = -1
+        self._deadline = self._due = NEVER
+
+    def __dealloc__(self):
+        free(self._out)
+        if self._fd >= 0:
+            epoll_close(self._fd)
+
+    cdef int _ready(self, unsigned events) except -1:
+        raise NotImplementedError
+
+    cdef int _expired(self) except -1:
+        raise NotImplementedError
+
+    cdef void _watch(self, unsigned mask) noexcept:
+        """Watch for these events. None at all means out of epoll: it reports a hang-up whether asked to or not."""
+        cdef int op = EPOLL_CTL_MOD
+        if mask == self._mask:
+            return
+        if self._mask == 0:
+            op = EPOLL_CTL_ADD
+        elif mask == 0:
+            op = EPOLL_CTL_DEL
+        vr_watch(self._relay._ep, op, self._fd, mask, <void*>self)
+        self._mask = mask
+
+    cdef int _open(self, Relay relay, int fd, unsigned mask) except -1:
+        self._relay = relay
+        self._fd = fd
+        relay._open_conns.add(self)
+        self._watch(mask)
+        return 0
+
+    cdef int _drop(self, bint close_it) except -1:
+        """Leave the relay; idempotent. The descriptor is closed unless it goes on elsewhere."""
+        if self._closed:
+            return 0
+        self._closed = True
+        if close_it:
+            epoll_close(self._fd)
+        else:
+            self._watch(0)
+        self._fd = -1
+        free(self._out)
+        self._out = NULL
+        self._out_off = self._out_len = self._out_cap = 0
+        self._relay._open_conns.discard(self)
+        self._relay._grave.append(self)
+        return 0
+
+    cdef inline void _limit_at(self, long long deadline):
+        """Moving a limit later is an assignment; moving it before the next look puts it into the wheel."""
+        self._deadline = deadline
+        if deadline < self._due:
+            self._relay._arm(self)
+
+    cdef bint _put(self, iovec* parts, int count) except? False:
+        """Send, keeping what the socket does not take; False when the connection is dead."""
+        cdef ssize_t taken = 0
+        cdef size_t rest = 0
+        cdef int i
+        if self._out_len == 0:
+            while True:
+                taken = vr_send(self._fd, parts, count)
+                if taken >= 0:
+                    break
+                if errno == EINTR:
+                    continue
+                if errno != EAGAIN and errno != ENOTCONN and errno != EINPROGRESS:
+                    return False
+                taken = 0
+                break
+        for i in range(count):
+            rest += parts[i].iov_len
+        if <size_t>taken == rest:
+            return True
+        self._reserve(rest - taken)
+        for i in range(count):
+            if <size_t>taken >= parts[i].iov_len:
+                taken -= parts[i].iov_len
+                continue
+            rest = parts[i].iov_len - taken
+            memcpy(self._out + self._out_off + self._out_len, <char*>parts[i].iov_base + taken, rest)
+            self._out_len += rest
+            taken = 0
+        return True
+
+    cdef int _reserve(self, size_t more) except -1:
+        if self._out_off and self._out_off + self._out_len + more > self._out_cap:
+            memmove(self._out, self._out + self._out_off, self._out_len)
+            self._out_off = 0
+        if self._out_len + more > self._out_cap:
+            self._out = _grown(self._out, &self._out_cap, self._out_len + more)
+        return 0
+
+    cdef int _flush(self) except -2:
+        """1: all is written; 0: something waits; -1: the connection is dead."""
+        cdef ssize_t taken
+        cdef iovec part
+        while self._out_len:
+            part.iov_base = self._out + self._out_off
+            part.iov_len = self._out_len
+            taken = vr_send(self._fd, &part, 1)
+            if taken < 0:
+                if errno == EINTR:
+                    continue
+                return 0 if errno == EAGAIN or errno == ENOTCONN or errno == EINPROGRESS else -1
+            self._out_off += taken
+            self._out_len -= taken
+        self._out_off = 0
+        if self._out_cap > SMALL:
+            free(self._out)
+            self._out = NULL
+            self._out_cap = 0
+        return 1
+
+
+cdef char* _grown(char* buffer, size_t* cap, size_t size) except NULL:
+    """The buffer with room for `size` bytes."""
+    cdef size_t room = 1024
+    cdef char* made
+    while room < size:
+        room *= 2
+    made = <char*>realloc(buffer, room)
+    if made == NULL:
+        raise MemoryError
+    cap[0] = room
+    return made
+
+
+cdef class Listener(Conn):
+    """A listening socket. Whoever opened it closes it; a copy of the descriptor is ours."""
+
+    cdef int _ready(self, unsigned events) except -1:
+        cdef char peer[64]
+        cdef int i, fd
+        cdef Client client
+        for i in range(ACCEPTS):
+            fd = vr_accept(self._fd, peer, sizeof(peer))
+            if fd < 0:
+                if errno != EAGAIN and errno != EINTR and errno != ECONNABORTED:
+                    # No descriptors are left: the clients wait in the listen queue, and we look again in a while.
+                    self._watch(0)
+                    self._limit_at(self._relay._now + SECOND)
+                return 0
+            client = Client.__new__(Client)
+            client._remote = (<bytes>peer).decode()
+            client._open(self._relay, fd, EPOLLIN | EPOLLRDHUP)
+            client._await(self._relay._keepalive)
+        return 0
+
+    cdef int _expired(self) except -1:
+        self._watch(EPOLLIN | EPOLLEXCLUSIVE)
+        return 0
+
+
+cdef class Client(Conn):
+    """One client's connection and the exchange that is under way on it."""
+
+    cdef char* _in
+    cdef size_t _in_len, _in_cap
+    cdef size_t _head, _body, _searched  # sizes of the request whose head is known, and of what has been searched
+    cdef readonly dict headers
+    cdef str _path
+    cdef object _exchange, _feed
+    cdef Upstream _up
+    cdef Pool _pool
+    cdef bytes _request_head
+    cdef list _edits
+    cdef readonly bint started  # something of the answer is out: it cannot be handed over any more
+    cdef bint _committed, _retried, _deciding
+    cdef readonly long long bytes_out
+    cdef int _why
+    cdef long long _total, _first_ns
+    cdef Limits _limits
+    cdef str _remote
+
+    def __dealloc__(self):
+        free(self._in)
+
+    # ---- what Python asks of a request
+
+    @property
+    def path(self):
+        """The path, one of those the relay was made for."""
+        return self._path
+
+    @property
+    def remote(self):
+        """The client's address, or an empty text."""
+        return self._remote
+
+    @property
+    def head_size(self):
+        """Bytes of the request's head."""
+        return self._head
+
+    @property
+    def body_size(self):
+        """Bytes of the request's body."""
+        return self._body
+
+    @property
+    def body(self):
+        """A copy of the request's body. Only until the answer begins."""
+        return PyBytes_FromStringAndSize(self._in + self._head, self._body)
+
+    @property
+    def first_byte_s(self):
+        """When the answer's first byte came, on the relay's clock; 0 before it did."""
+        return self._first_ns / 1e9
+
+    def scan(self, int max_depth):
+        """`ext.body_scan.scan` of the body."""
+        if self._body == 0:
+            return None
+        return scan(<const unsigned char[:self._body]>(<unsigned char*>self._in + self._head), max_depth)
+
+    def forward(self, Pool pool not None, bytes head not None, list edits not None, Limits limits not None):
+        """Send the request there as soon as `decide` returns."""
+        self._pool, self._request_head, self._edits, self._limits = pool, head, edits, limits
+        self._total = self._relay._now + limits.total
+
+    # ---- limits
+
+    cdef inline void _limit(self, long long span, int why):
+        """From now on this may take so long, within the total."""
+        cdef long long at = self._relay._now + span
+        self._why = why
+        if at >= self._total:
+            at = self._total
+            self._why = K_TOTAL
+        self._limit_at(at)
+
+    cdef void _await(self, long long span):
+        self._total = NEVER
+        self._limit(span, K_WAIT)
+
+    cdef int _expired(self) except -1:
+        if self._exchange is not None:
+            self._fail(self._why, "")
+        elif self._out_len or self._in_len == 0:
+            self._drop(True)  # it takes nothing of its last answer, or it has nothing to ask
+        else:
+            self._hand_over(None)
+        return 0
+
+    # ---- reading
+
+    cdef int _ready(self, unsigned events) except -1:
+        if events & EPOLLOUT:
+            self._writable()
+            if self._closed:
+                return 0
+        if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self._readable()
+        return 0
+
+    cdef int _readable(self) except -1:
+        cdef ssize_t size = recv(self._fd, self._relay._scratch, SCRATCH, 0)
+        if size <= 0:
+            if size < 0 and (errno == EAGAIN or errno == EINTR):
+                return 0
+            self._gone()
+            return 0
+        if self._in_len + size > self._in_cap:
+            self._in = _grown(self._in, &self._in_cap, self._in_len + size)
+        memcpy(self._in + self._in_len, self._relay._scratch, size)
+        self._in_len += size
+        if self._exchange is None and self._out_len == 0:
+            self._requests()
+        elif self._in_len > self._head + self._body + MOST_AHEAD:
+            self._watch(self._mask & ~<unsigned>EPOLLIN | EPOLLRDHUP)
+        return 0
+
+    cdef int _gone(self) except -1:
+        """The client has left: the work for it ends now."""
+        if self._exchange is not None:
+            self._fail(K_LEFT, "")
+        self._drop(True)
+        return 0
+
+    cdef int _requests(self) except -1:
+        """Take the request that is whole in the buffer, if there is one."""
+        cdef const char* end
+        cdef size_t least
+        if self._in_len == 0:
+            self._await(self._relay._keepalive)
+            return 0
+        if self._head == 0:
+            least = self._in_len if self._in_len < 9 else 9
+            if memcmp(self._in, b"POST /v1/", least) != 0:
+                return self._hand_over(None)
+            end = <const char*>memmem(self._in + self._searched, self._in_len - self._searched, <const char*>CRLF2, 4)
+            if end == NULL:
+                if self._in_len > MOST_HEAD:
+                    return self._hand_over(None)
+                self._searched = self._in_len - 3 if self._in_len > 3 else 0
+                if self._why != K_WAIT or self._deadline > self._relay._now + PARTIAL:
+                    self._await(PARTIAL)
+                return 0
+            if not self._recognise(end + 4 - self._in):
+                return self._hand_over(None)
+        if self._in_len < self._head + self._body:
+            if self._deadline > self._relay._now + PARTIAL:
+                self._await(PARTIAL)
+            return 0
+        return self._decide()
+
+    cdef bint _recognise(self, size_t size) except -1:
+        """Whether this head is one of ours; then `_head`, `_body`, `headers` and `_path` are known."""
+        cdef Field field
+        cdef const char* end = self._in + size - 2  # past the last header's CRLF
+        cdef const char* p
+        cdef long long length = -1
+        cdef int count = 0, types = 0
+        cdef dict headers = {}
+        if size > MOST_HEAD:
+            return False
+        p = self._request_line(end)
+        if p == NULL:
+            return False
+        while p < end:
+            p = _field(p, end, &field)
+            count += 1
+            if p == NULL or count > MOST_HEADERS:
+                return False
+            if field.size == 0:
+                continue
+            if _named(&field, b"content-length", 14):
+                if length >= 0:
+                    return False
+                length = _digits(field.value, field.length)
+                if length < 0 or length > MOST_BODY:
+                    return False
+            elif _named(&field, b"content-type", 12):
+                types += 1
+                if not _json(field.value, field.length):
+                    return False
+            elif _named(&field, b"connection", 10):
+                if not _same(field.value, field.length, b"keep-alive", 10):
+                    return False
+            elif not self._other(&field, headers):
+                return False
+        if length <= 0 or types != 1 or "host" not in headers:
+            return False
+        self.headers = headers
+        self._head, self._body = size, length
+        return True
+
+    cdef const char* _request_line(self, const char* end) except? NULL:
+        """Past the line; NULL where it is not exactly POST, a path of ours, HTTP/1.1."""
+        cdef const char* p = self._in + 5
+        cdef const char* space
+        if end - self._in < 16 or memcmp(self._in, b"POST ", 5) != 0:
+            return NULL
+        space = <const char*>memchr(p, 32, end - p)
+        if space == NULL or end - space < 11 or memcmp(space, b" HTTP/1.1\r\n", 11) != 0:
+            return NULL
+        self._path = self._relay._paths.find(p, space - p)
+        return space + 11 if self._path is not None else NULL
+
+    cdef bint _other(self, Field* field, dict headers) except -1:
+        """Keep a header that decisions read; False where it is there twice, is not ASCII, or is for the other lane."""
+        cdef str name
+        cdef size_t i
+        for i in range(field.length):
+            if <unsigned char>field.value[i] >= 0x80:
+                return False
+        name = self._relay._kept.find(field.name, field.size)
+        if name is None:
+            return not self._relay._foreign.begins(field.name, field.size)
+        if name in headers:
+            return False
+        headers[name] = _text(field.value, field.length)
+        return True
+
+    # ---- the exchange
+
+    cdef int _decide(self) except -1:
+        exchange = self._relay._owner.decide(self)
+        if exchange is None:
+            self._pool = None
+            return self._hand_over(None)
+        self._exchange = exchange
+        self._retried = self._committed = self.started = False
+        self.bytes_out = self._first_ns = 0
+        self._limit(self._limits.first_byte, K_FIRST_BYTE)
+        return self._send()
+
+    cdef int _send(self, bint fresh=False) except -1:
+        """Send the request on an idle connection, or on a new one."""
+        cdef Upstream up = None
+        cdef list idle = self._pool._idle
+        cdef int fd
+        if not fresh and idle:
+            up = idle.pop()
+            up._reused = True
+            up._limit_at(NEVER)
+        else:
+            fd = vr_connect(<const char*>self._pool._host, self._pool.port)
+            if fd < 0:
+                return self._fail(K_UNREACHABLE, _why_not(errno))
+            up = Upstream.__new__(Upstream)
+            up._pool = self._pool
+            up._connecting = True
+            up._open(self._relay, fd, EPOLLIN | EPOLLOUT)
+            up._limit_at(self._relay._now + self._limits.connect)
+        self._up = up
+        up._client = self
+        if up._request(self):
+            return 0
+        return up._broken("the connection was closed")
+
+    cdef int _payload(self, char* data, size_t size, bint last) except -1:
+        """A piece of the answer's body; `last` when it is the end of it."""
+        cdef Upstream up = self._up
+        if self._first_ns == 0 and size:
+            self._first_ns = self._relay._now
+        if up._mode == EVENTS:
+            if size:
+                self._events(self._feed(PyBytes_FromStringAndSize(data, size)))
+        elif up._mode == THROUGH:
+            if size:
+                up._remember(data, size)
+                self._through(data, size)
+        else:
+            up._hold(data, size)
+            if up._body_len > MOST_ANSWER and 200 <= up._status < 300:
+                self._begin_through()
+            elif up._body_len > MOST_REFUSAL and not 200 <= up._status < 300:
+                up._body_len = 0
+                up._refused = last = True
+                up._reusable = False
+        if self._closed:
+            return 0
+        if last:
+            return self._end()
+        if self._out_len:
+            self._pause()
+        else:
+            self._limit(self._limits.idle, K_IDLE)
+        return 0
+
+    cdef int _events(self, bytes events) except -1:
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(events)
+        if size == 0:
+            return 0
+        if not self._committed:
+            first, self._committed = self._exchange.begin(events)
+            if first:
+                self._answering()
+            return self._write(first)
+        self.bytes_out += size
+        return self._write_chunk(PyBytes_AS_STRING(events), size)
+
+    cdef int _begin_through(self) except -1:
+        cdef Upstream up = self._up
+        head = self._exchange.large(up._status, up._headers, up._length)
+        up._mode = THROUGH
+        self._committed = True
+        self._answering()
+        self._write(head)
+        if not self._closed:
+            self._through(up._body, up._body_len)
+            up._keep_tail()
+        return 0
+
+    cdef int _through(self, char* data, size_t size) except -1:
+        cdef iovec part
+        self.bytes_out += size
+        if self._up._length >= 0:
+            part.iov_base = data
+            part.iov_len = size
+            if not self._put(&part, 1):
+                self._gone()
+            return 0
+        return self._write_chunk(data, size)
+
+    cdef int _write_chunk(self, const char* data, size_t size) except -1:
+        cdef iovec parts[3]
+        cdef char line[20]
+        parts[0].iov_base = line
+        parts[0].iov_len = _hex_line(line, size)
+        parts[1].iov_base = <void*>data
+        parts[1].iov_len = size
+        parts[2].iov_base = <void*>(<const char*>CRLF2)
+        parts[2].iov_len = 2
+        if not self._put(parts, 3):
+            self._gone()
+        return 0
+
+    cdef int _write(self, bytes data) except -1:
+        cdef iovec part
+        part.iov_base = PyBytes_AS_STRING(data)
+        part.iov_len = PyBytes_GET_SIZE(data)
+        if part.iov_len and not self._put(&part, 1):
+            self._gone()
+        return 0
+
+    cdef int _end(self) except -1:
+        """The upstream's answer is whole."""
+        cdef Upstream up = self._up
+        up._release()
+        if up._mode == HELD:
+            body = PyBytes_FromStringAndSize(up._body, up._body_len)
+            answer = self._exchange.whole(up._status, up._headers, body)
+            if answer is None:
+                return self._hand_over(self._exchange)
+            self._answering()
+        else:
+            answer = self._exchange.ended(up._tail())
+            if answer is None:
+                return self._hopeless(self.started)
+        return self._over(answer)
+
+    cdef int _over(self, bytes rest) except -1:
+        """Write the last bytes of an answer, and turn to the next request."""
+        self._exchange = self._feed = self._pool = None
+        self.started = False
+        self._total = NEVER
+        self._write(rest)
+        if self._closed:
+            return 0
+        if self._out_len:
+            self._limit(self._limits.stall, K_STALLED)
+            self._watch(EPOLLIN | EPOLLRDHUP | EPOLLOUT)
+            return 0
+        return self._next()
+
+    cdef int _next(self) except -1:
+        if self._relay._closing:
+            return self._drop(True)
+        self._watch(EPOLLIN | EPOLLRDHUP)
+        return self._requests()
+
+    cdef int _answering(self) except -1:
+        """The answer begins: the request is not needed any more."""
+        cdef size_t taken = self._head + self._body
+        if self.started:
+            return 0
+        self.started = True
+        self._in_len -= taken
+        if self._in_len:
+            memmove(self._in, self._in + taken, self._in_len)
+        elif self._in_cap > SMALL:
+            free(self._in)
+            self._in = NULL
+            self._in_cap = 0
+        self._head = self._body = self._searched = 0
+        self.headers = None
+        self._request_head = None
+        self._edits = None
+        return 0
+
+    cdef void _pause(self):
+        """The client is slow: its upstream waits, and it has so long to take something."""
+        self._up._watch(0)
+        self._watch(self._mask | EPOLLOUT)
+        self._limit(self._limits.stall, K_STALLED)
+
+    cdef int _writable(self) except -1:
+        cdef size_t before = self._out_len
+        cdef int state = self._flush()
+        if state < 0:
+            return self._gone()
+        if state == 0:
+            if self._out_len < before:
+                self._limit(self._limits.stall, K_STALLED)
+            return 0
+        self._watch(self._mask & ~<unsigned>EPOLLOUT)
+        if self._exchange is None:
+            return self._next()
+        if self._up is not None:
+            self._up._watch(EPOLLIN | EPOLLOUT if self._up._out_len else EPOLLIN)
+            self._limit(self._limits.idle, K_IDLE)
+        return 0
+
+    cdef int _fail(self, int kind, str words) except -1:
+        """The exchange ends without a whole answer. The upstream, if any, is told by closing its connection."""
+        cdef bint begun = self.started
+        if self._up is not None:
+            self._up._client = None
+            self._up._drop(True)
+            self._up = None
+        last = self._exchange.failed(kind, words)
+        if kind == K_LEFT or kind == K_STALLED:
+            self._exchange = self._feed = None
+            return self._drop(True)
+        return self._over(last) if last is not None else self._hopeless(begun)
+
+    cdef int _hopeless(self, bint begun) except -1:
+        """Nothing can be said: cut off an answer that has begun, else the other lane may still help."""
+        if not begun:
+            return self._hand_over(self._exchange)
+        self._exchange = self._feed = None
+        return self._drop(True)
+
+    cdef int _hand_over(self, exchange) except -1:
+        """Let the other lane go on with this connection."""
+        cdef int fd = self._fd
+        data = PyBytes_FromStringAndSize(self._in, self._in_len)
+        self._exchange = self._feed = self._pool = None
+        self._drop(False)
+        self._relay._owner.hand_over(fd, data, exchange)
+        return 0
+
+
+cdef str _why_not(int number):
+    return (<bytes>strerror(number)).decode()
+
+
+cdef size_t _hex_line(char* line, size_t size) noexcept nogil:
+    """A chunk's first line; its length."""
+    cdef int digits = 1
+    cdef int i
+    while size >> (4 * digits):
+        digits += 1
+    for i in range(digits):
+        line[i] = b"0123456789abcdef"[(size >> (4 * (digits - 1 - i))) & 15]
+    line[digits] = 13
+    line[digits + 1] = 10
+    return digits + 2
+
+
+cdef class Upstream(Conn):
+    """One connection to an upstream, idle in its pool or answering one client."""
+
+    cdef Pool _pool
+    cdef Client _client
+    cdef bint _connecting, _reused, _reusable, _refused
+    cdef char* _body  # the head while it is incomplete, then what is held of the body or of its tail
+    cdef size_t _body_len, _body_cap
+    cdef Framing _framing
+    cdef Mode _mode
+    cdef Chunk _chunk
+    cdef int _status, _digits
+    cdef long long _length, _left
+    cdef dict _headers
+
+    def __dealloc__(self):
+        free(self._body)
+
+    cdef int _expired(self) except -1:
+        if self._client is None:
+            self._forget()
+            return self._drop(True)
+        return self._client._fail(K_UNREACHABLE, "it did not accept a connection in time ([timeouts] connect_s)")
+
+    cdef int _forget(self) except -1:
+        if self in self._pool._idle:
+            self._pool._idle.remove(self)
+        return 0
+
+    # ---- the request
+
+    cdef bint _request(self, Client client) except? False:
+        """Send the client's request, its body edited; False when the connection is dead."""
+        cdef vector[iovec] parts
+        cdef iovec part
+        cdef size_t at = 0, start, end
+        cdef char* body = client._in + client._head
+        cdef bytes new
+        self._framing, self._mode, self._chunk = HEAD, HELD, SIZE
+        self._body_len = 0
+        self._refused = False
+        self._headers = None
+        part.iov_base = PyBytes_AS_STRING(client._request_head)
+        part.iov_len = PyBytes_GET_SIZE(client._request_head)
+        parts.push_back(part)
+        for start, end, new in client._edits:
+            part.iov_base = body + at
+            part.iov_len = start - at
+            parts.push_back(part)
+            part.iov_base = PyBytes_AS_STRING(new)
+            part.iov_len = PyBytes_GET_SIZE(new)
+            parts.push_back(part)
+            at = end
+        part.iov_base = body + at
+        part.iov_len = client._body - at
+        parts.push_back(part)
+        if not self._put(parts.data(), parts.size()):
+            return False
+        self._watch(EPOLLIN | EPOLLOUT if self._out_len or self._connecting else EPOLLIN)
+        return True
+
+    # ---- the answer
+
+    cdef int _ready(self, unsigned events) except -1:
+        cdef int state, number
+        if self._connecting:
+            number = vr_error(self._fd)
+            if number:
+                if self._client is not None:
+                    return self._client._fail(K_UNREACHABLE, _why_not(number))
+                return self._drop(True)
+            if not events & EPOLLOUT:
+                return 0
+            self._connecting = False
+            self._limit_at(NEVER)
+        if events & EPOLLOUT:
+            state = self._flush()
+            if state < 0:
+                return self._broken("the connection was closed")
+            if state:
+                self._watch(EPOLLIN)
+        if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
+            return self._readable()
+        return 0
+
+    cdef int _readable(self) except -1:
+        cdef char* scratch = self._relay._scratch
+        cdef ssize_t size = recv(self._fd, scratch, SCRATCH, 0)
+        if size < 0 and (errno == EAGAIN or errno == EINTR):
+            return 0
+        if size <= 0:
+            return self._closed_by_peer(size == 0)
+        if self._client is None:  # nothing was asked
+            self._forget()
+            return self._drop(True)
+        if self._framing == HEAD:
+            return self._read_head(scratch, size)
+        return self._read_body(scratch, size)
+
+    cdef int _closed_by_peer(self, bint orderly) except -1:
+        if self._client is None:
+            self._forget()
+            return self._drop(True)
+        if self._framing == UNTIL_CLOSE and orderly:
+            self._framing = COMPLETE
+            return self._client._payload(NULL, 0, True)
+        return self._broken("the connection was closed")
+
+    cdef int _broken(self, str words) except -1:
+        """The connection is dead. One that was idle before, and died before any answer, may not have seen the request:
+        it is sent again on a new connection, once."""
+        cdef Client client = self._client
+        self._client = None
+        self._drop(True)
+        if client is None:
+            return self._forget()
+        client._up = None
+        if self._reused and self._framing == HEAD and self._body_len == 0 and not client._retried:
+            client._retried = True
+            return client._send(True)
+        return client._fail(K_UNREACHABLE if self._connecting else K_BROKE, words)
+
+    cdef int _read_head(self, char* data, size_t size) except -1:
+        """Collect the head, over interim answers; then read on in the body."""
+        cdef char* end
+        cdef size_t head
+        if self._body_len:
+            self._hold(data, size)
+            data, size = self._body, self._body_len
+        while True:
+            end = <char*>memmem(data, size, <const char*>CRLF2, 4)
+            if end == NULL:
+                if size > MOST_HEAD:
+                    return self._broken("its answer's head is too large")
+                if self._body_len == 0:
+                    self._hold(data, size)
+                else:
+                    memmove(self._body, data, size)
+                    self._body_len = size
+                return 0
+            head = end + 4 - data
+            if not self._understood(data, head):
+                self._reused = False
+                return self._broken("its answer is not HTTP/1.1 as it should be")
+            data += head
+            size -= head
+            if self._status >= 200:
+                break
+            self._framing = HEAD
+        # `data` may lie in the buffer that the body is held in; only what comes next writes there, and from its start
+        self._body_len = 0
+        if self._mode == EVENTS:
+            self._client._feed = self._client._exchange.scan(self._headers)
+        return self._read_body(data, size)
+
+    cdef bint _understood(self, const char* head, size_t size) except -1:
+        """Read status, framing and the headers that are passed on; False for what is not strictly HTTP/1.1."""
+        cdef Field field
+        cdef const char* end = head + size - 2
+        cdef const char* p
+        cdef dict headers = {}
+        cdef bint chunked = False, coded = False, events = False
+        cdef int count = 0
+        cdef str name
+        if size < 16 or memcmp(head, b"HTTP/1.", 7) != 0 or head[8] != 32 or not 48 <= head[7] <= 49:
+            return False
+        self._status = <int>_digits(head + 9, 3)
+        if self._status < 100 or (head[12] != 32 and head[12] != 13):
+            return False
+        p = <const char*>memchr(head, 10, size) + 1
+        if (p - 2)[0] != 13:
+            return False
+        self._length = -1
+        self._reusable = head[7] == 49
+        while p < end:
+            p = _field(p, end, &field)
+            count += 1
+            if p == NULL or count > 2 * MOST_HEADERS:
+                return False
+            if field.size == 0:
+                continue
+            if _named(&field, b"content-length", 14):
+                if self._length >= 0:
+                    return False
+                self._length = _digits(field.value, field.length)
+                if self._length < 0:
+                    return False
+                continue
+            if _named(&field, b"transfer-encoding", 17):
+                if chunked or not _same(field.value, field.length, b"chunked", 7):
+                    return False
+                chunked = True
+                continue
+            if _named(&field, b"connection", 10):
+                self._reusable = self._reusable and not _same(field.value, field.length, b"close", 5)
+                continue
+            coded = coded or _named(&field, b"content-encoding", 16)
+            name = self._relay._passed.find(field.name, field.size)
+            if name is None and self._relay._passed_families.begins(field.name, field.size):
+                name = _text(field.name, field.size)
+            if name is not None:
+                headers[name] = _text(field.value, field.length)
+                if _named(&field, b"content-type", 12):
+                    events = field.length >= 17 and memcmp(field.value, b"text/event-stream", 17) == 0
+        if chunked and self._length >= 0:
+            return False
+        self._headers = headers
+        self._mode = EVENTS if events and not coded and 200 <= self._status < 300 else HELD
+        self._chunk = SIZE
+        self._digits = 0
+        self._left = self._length
+        if self._status == 204 or self._status == 304:
+            self._framing = LENGTH
+            self._length = self._left = 0
+        elif chunked:
+            self._framing = CHUNKED
+            self._left = 0
+        else:
+            self._framing = LENGTH if self._length >= 0 else UNTIL_CLOSE
+            self._reusable = self._reusable and self._length >= 0
+        return True
+
+    cdef int _read_body(self, char* data, size_t size) except -1:
+        """Take the framing off, in place, and pass the payload on as one piece."""
+        cdef size_t payload = size, used = size
+        if self._framing == LENGTH:
+            if <long long>size >= self._left:
+                payload = used = self._left
+                self._framing = COMPLETE
+            self._left -= payload
+        elif self._framing == CHUNKED:
+            payload = self._unchunk(data, size, &used)
+            if payload == <size_t>-1:
+                self._reused = False
+                return self._broken("its answer's chunks are malformed")
+        if self._framing == COMPLETE and used < size:
+            self._reusable = False  # it sent more than it was asked for
+        if self._framing == COMPLETE or payload:
+            return self._client._payload(data, payload, self._framing == COMPLETE)
+        return 0
+
+    cdef size_t _unchunk(self, char* data, size_t size, size_t* used) noexcept:
+        """Move the payload together at the start of `data`; its size, or -1 for what is malformed."""
+        cdef char* to = data
+        cdef char* p = data
+        cdef char* end = data + size
+        cdef size_t run
+        cdef char c
+        while p < end:
+            if self._chunk == DATA:
+                run = end - p
+                if <long long>run > self._left:
+                    run = self._left
+                if to != p:
+                    memmove(to, p, run)
+                to += run
+                p += run
+                self._left -= run
+                if self._left == 0:
+                    self._chunk = DATA_CR
+                continue
+            c = p[0]
+            p += 1
+            if self._chunk == SIZE:
+                if _is_hex(c):
+                    self._left = self._left * 16 + (c - 48 if c <= 57 else (c | 32) - 87)
+                    self._digits += 1
+                    if self._digits > 12:
+                        return <size_t>-1
+                elif self._digits == 0:
+                    return <size_t>-1
+                elif c == 13:
+                    self._chunk = SIZE_LF
+                elif c == 59 or c == 32 or c == 9:
+                    self._chunk = EXTENSION
+                else:
+                    return <size_t>-1
+            elif self._chunk == EXTENSION:
+                if c == 13:
+                    self._chunk = SIZE_LF
+                elif not vr_text(c):
+                    return <size_t>-1
+            elif self._chunk == SIZE_LF:
+                if c != 10:
+                    return <size_t>-1
+                self._digits = 0
+                self._chunk = DATA if self._left else TRAILER
+            elif self._chunk == DATA_CR:
+                if c != 13:
+                    return <size_t>-1
+                self._chunk = DATA_LF
+            elif self._chunk == DATA_LF:
+                if c != 10:
+                    return <size_t>-1
+                self._chunk = SIZE
+            elif self._chunk == TRAILER:
+                self._chunk = LAST_LF if c == 13 else TRAILER_LINE
+                if not (c == 13 or vr_token(c)):
+                    return <size_t>-1
+            elif self._chunk == TRAILER_LINE:
+                if c == 13:
+                    self._chunk = TRAILER_LF
+                elif not vr_text(c):
+                    return <size_t>-1
+            elif self._chunk == TRAILER_LF:
+                if c != 10:
+                    return <size_t>-1
+                self._chunk = TRAILER
+            else:
+                if c != 10:
+                    return <size_t>-1
+                self._framing = COMPLETE
+                break
+        used[0] = p - data
+        return to - data
+
+    cdef int _hold(self, const char* data, size_t size) except -1:
+        """Add to what is held. `data` may lie in the same buffer, not before the end of what is held."""
+        cdef size_t at = data - self._body if self._body != NULL else 0
+        cdef bint inside = self._body != NULL and self._body <= data < self._body + self._body_cap
+        if self._body_len + size > self._body_cap:
+            self._body = _grown(self._body, &self._body_cap, self._body_len + size)
+        if inside:
+            data = self._body + at
+        if size:
+            memmove(self._body + self._body_len, data, size)
+        self._body_len += size
+        return 0
+
+    cdef int _remember(self, const char* data, size_t size) except -1:
+        """Keep the last of an answer that is too large to be held."""
+        if size > TAIL:
+            data += size - TAIL
+            size = TAIL
+        self._hold(data, size)
+        return self._keep_tail()
+
+    cdef int _keep_tail(self) except -1:
+        if self._body_len > 2 * TAIL:
+            memmove(self._body, self._body + self._body_len - TAIL, TAIL)
+            self._body_len = TAIL
+        if self._body_cap > MOST_ANSWER:
+            self._body = _grown(self._body, &self._body_cap, 4 * TAIL)
+        return 0
+
+    cdef bytes _tail(self):
+        return PyBytes_FromStringAndSize(self._body, self._body_len) if self._mode == THROUGH else b""
+
+    cdef int _release(self) except -1:
+        """The answer is over: back to the pool, unless something speaks against it."""
+        self._client._up = None
+        self._client = None
+        if not self._reusable or self._out_len or self._relay._closing or self._pool._keep <= 0:
+            return self._drop(True)
+        self._watch(EPOLLIN)
+        self._pool._idle.append(self)
+        self._limit_at(self._relay._now + self._pool._keep)
+        return 0
+
+
+cdef inline bint _is_hex(char c) noexcept nogil:
+    return 48 <= c <= 57 or 97 <= (c | 32) <= 102
+
+
+cdef class Relay:
+    """The connections, their limits, and the way to Python. See `_relay.pyi`."""
+
+    cdef int _ep
+    cdef object _owner
+    cdef Names _paths, _kept, _foreign, _passed, _passed_families
+    cdef long long _now, _keepalive, _ticked
+    cdef set _open_conns
+    cdef list _grave, _slots
+    cdef char* _scratch
+    cdef bint _closing
+
+    def __cinit__(self, owner, *, paths, kept, foreign, passed, passed_families, double keepalive_s):
+        self._owner = owner
+        self._paths = Names(paths)
+        self._kept = Names(kept)
+        self._foreign = Names(foreign)
+        self._passed = Names(passed)
+        self._passed_families = Names(passed_families)
+        self._keepalive = <long long>(keepalive_s * SECOND)
+        self._open_conns = set()
+        self._grave = []
+        self._slots = [[] for _ in range(SLOTS)]
+        self._now = vr_now()
+        self._ticked = self._now // TICK
+        self._scratch = <char*>malloc(SCRATCH)
+        self._ep = epoll_create1(EPOLL_CLOEXEC)
+        if self._scratch == NULL or self._ep < 0:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self._scratch)
+        if self._ep >= 0:
+            epoll_close(self._ep)
+
+    def fileno(self):
+        """The epoll descriptor, for an event loop to watch."""
+        return self._ep
+
+    @property
+    def now_s(self):
+        """The clock of this turn, in monotonic seconds."""
+        return self._now / 1e9
+
+    @property
+    def connections(self):
+        """How many connections are open, to both sides, listeners included."""
+        return len(self._open_conns)
+
+    def listen(self, int fd):
+        """Accept from this listening socket. The descriptor, not blocking, is ours from now on."""
+        cdef Listener listener = Listener.__new__(Listener)
+        listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE)
+
+    def stop_listening(self):
+        """Accept nothing more; what is in the listen queue stays there."""
+        for conn in list(self._open_conns):
+            if isinstance(conn, Listener):
+                (<Conn>conn)._drop(True)
+        self._grave.clear()
+
+    def pump(self):
+        """Handle what is ready, up to 256 descriptors."""
+        cdef epoll_event events[BATCH]
+        cdef int count, i
+        cdef Conn conn
+        self._now = vr_now()
+        count = epoll_wait(self._ep, events, BATCH, 0)
+        for i in range(count):
+            conn = <Conn>events[i].data.ptr
+            if conn._closed:
+                continue
+            try:
+                conn._ready(events[i].events)
+            except Exception:
+                self._bug(conn)
+        if self._grave:
+            self._grave.clear()
+
+    def tick(self):
+        """End what is over its limit. To be called every `TICK_S`; that is how late a limit may act."""
+        cdef long long tick, until
+        cdef Conn conn
+        cdef list due
+        self._now = vr_now()
+        until = self._now // TICK
+        tick = max(self._ticked, until - SLOTS) + 1
+        self._ticked = until
+        while tick <= until:
+            due = self._slots[tick % SLOTS]
+            self._slots[tick % SLOTS] = []
+            for conn in due:
+                if conn._closed or conn._due > until * TICK:
+                    continue
+                conn._due = NEVER
+                if conn._deadline > self._now:
+                    if conn._deadline < NEVER:
+                        self._arm(conn)
+                    continue
+                conn._deadline = NEVER
+                try:
+                    conn._expired()
+                except Exception:
+                    self._bug(conn)
+            tick += 1
+        if self._grave:
+            self._grave.clear()
+
+    cdef int _arm(self, Conn conn) except -1:
+        """Look at this connection when its limit is due, or when the wheel has turned once."""
+        cdef long long tick = conn._deadline // TICK + 1
+        if tick > self._ticked + SLOTS - 1:
+            tick = self._ticked + SLOTS - 1
+        if tick <= self._ticked:
+            tick = self._ticked + 1
+        conn._due = tick * TICK
+        (<list>self._slots[tick % SLOTS]).append(conn)
+        return 0
+
+    def cut_off(self):
+        """End every exchange with what can still be said."""
+        self._now = vr_now()
+        for conn in list(self._open_conns):
+            if isinstance(conn, Client) and (<Client>conn)._exchange is not None:
+                try:
+                    (<Client>conn)._fail(K_STOPPING, "")
+                except Exception:
+                    self._bug(conn)
+        self._grave.clear()
+
+    def close(self):
+        """Close every connection that is not busy, now, and the others once they are not. Idempotent."""
+        self._closing = True
+        self.stop_listening()
+        for conn in list(self._open_conns):
+            if isinstance(conn, Client):
+                if (<Client>conn)._exchange is None:
+                    (<Conn>conn)._drop(True)
+            elif (<Upstream>conn)._client is None:
+                (<Conn>conn)._drop(True)
+        self._grave.clear()
+
+    cdef int _bug(self, Conn conn) except -1:
+        """An error of ours: this exchange ends, everything else goes on."""
+        cdef Client client = None
+        if isinstance(conn, Client):
+            client = <Client>conn
+        elif isinstance(conn, Upstream):
+            client = (<Upstream>conn)._client
+        exchange = None
+        if client is not None:
+            exchange, client._exchange = client._exchange, None
+            if client._up is not None:
+                client._up._client = None
+                client._up._drop(True)
+                client._up = None
+            client._drop(True)
+        conn._drop(True)
+        self._owner.bug(exchange)
+        return 0
