@@ -19,6 +19,7 @@ from math import inf
 from ext.fair_queue import FairQueue
 from ext.weighted_semaphore import Capacity
 from scheduler.backlog import Backlog
+from scheduler.eta import Stage
 from scheduler.fairness import Fairness, Line
 from scheduler.model import LatencyClass, Ticket
 
@@ -31,7 +32,7 @@ class Waiting:
     """A ticket in the queue. `order` grows with every arrival; `since_s` is when it came, `due_s` until when it is on
     time, `overdue_s` from when it may go out of turn. `tokens` is what it is charged, and holds in the engine."""
 
-    __slots__ = ("due_s", "order", "overdue_s", "since_s", "ticket", "tokens")
+    __slots__ = ("due_s", "estimate_s", "order", "overdue_s", "since_s", "stage", "ticket", "tokens")
 
     def __init__(
         self, ticket: Ticket, order: int, since_s: float, due_s: float, overdue_s: float, tokens: int = 1
@@ -42,17 +43,19 @@ class Waiting:
         self.due_s = due_s
         self.overdue_s = overdue_s
         self.tokens = tokens
+        self.stage = Stage.QUEUED  # where it stood when it came, and
+        self.estimate_s = 0.0  # for how long it was thought to wait
 
 
 class WaitQueue:
     """Tickets by class, tenant and arrival. `take` is O(log n) for each ticket that it lets in, push and remove
     O(log n), the rest O(1) where it says nothing else.
 
-    The same tickets are in `_fair`, which knows their order, in `_classes` by class in order of arrival, in `backlog`
-    as numbers, and in `_fairness` by tenant.
+    The same tickets are in `_tickets` by number, in `_fair`, which knows their order, in `_classes` by arrival, in
+    `backlog` as sums, and in `_fairness` by tenant.
     """
 
-    __slots__ = ("_classes", "_fair", "_fairness", "_length", "_now", "backlog")
+    __slots__ = ("_classes", "_fair", "_fairness", "_now", "_tickets", "backlog")
 
     def __init__(self, fairness: Fairness | None = None) -> None:
         # OrderedDict, not dict: the head of a dict that loses its head again and again is found in O(n)
@@ -61,12 +64,12 @@ class WaitQueue:
             MOST_WAITING, patience_s=(0.0,) * len(LatencyClass), ageing_share=AGEING_SHARE, max_passes=0
         )
         self._fairness = fairness if fairness is not None else Fairness()
-        self._length = 0
+        self._tickets: dict[int, Waiting] = {}
         self._now = -inf
         self.backlog = Backlog()
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._tickets)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{c.name.lower()}={len(self._classes[c])}" for c in LatencyClass if self._classes[c])
@@ -85,7 +88,7 @@ class WaitQueue:
             overdue_s=waiting.overdue_s,
         )
         self._classes[ticket.latency_class][ticket.id] = waiting
-        self._length += 1
+        self._tickets[ticket.id] = waiting
         self._fairness.waits(ticket.tenant, self._fair, ticket.latency_class)
         self.backlog.add(waiting.since_s, waiting.due_s)
 
@@ -95,28 +98,23 @@ class WaitQueue:
         An engine where nobody is takes the head, however large it looks: its weight is an estimate, and the capacity
         may have been made smaller since it came.
         """
-        out = []
-        for ticket_id in self._fair.take(capacity.free_tokens, capacity.free_sequences, self._clock(now)):
-            waiting = self._find(ticket_id)
-            self._forget(waiting)
-            capacity.try_take(waiting.tokens)
-            out.append(waiting)
-            self._charge_elsewhere(waiting)
-        if not out and self._length and not capacity.held_sequences:
-            waiting = self._find(self._fair.head())
-            self.remove(waiting.ticket)
-            waiting.tokens = min(waiting.tokens, capacity.tokens)
-            if capacity.try_take(waiting.tokens):
-                out.append(waiting)
-                self.charge(waiting.ticket, waiting.tokens)
-            else:
-                self.push(waiting)
+        now = self._clock(now)
+        out: list[Waiting] = []
+        # again while there was somebody: what a grant charges in other classes may change whose turn it is there
+        while batch := self._fair.take(capacity.free_tokens, capacity.free_sequences, now):
+            out += [self._grant(ticket_id, capacity) for ticket_id in batch]
+        head = None if out or capacity.held_sequences else self.head()
+        if head is not None and capacity.try_take(min(head.tokens, capacity.tokens)):
+            self.remove(head.ticket)
+            head.tokens = min(head.tokens, capacity.tokens)
+            self.charge(head.ticket.tenant, head.ticket.latency_class, head.tokens)
+            out.append(head)
         return out
 
     def head(self) -> Waiting | None:
         """Whose turn it is."""
         ticket_id = self._fair.head()
-        return None if ticket_id is None else self._find(ticket_id)
+        return None if ticket_id is None else self._tickets[ticket_id]
 
     def heads(self) -> list[Waiting]:
         """Who has waited longest in every class that waits."""
@@ -128,7 +126,7 @@ class WaitQueue:
 
     def remove(self, ticket: Ticket) -> Waiting | None:
         """Take out a ticket wherever it stands, uncharged; None when it is not here."""
-        waiting = self._classes[ticket.latency_class].get(ticket.id)
+        waiting = self._tickets.get(ticket.id)
         if waiting is not None:
             self._fair.cancel(ticket.id)
             self._forget(waiting)
@@ -141,9 +139,9 @@ class WaitQueue:
             self.remove(waiting.ticket)
         return everybody
 
-    def charge(self, ticket: Ticket, tokens: int) -> None:
-        """Add to what the ticket's tenant has been charged, here and wherever else it waits. Below 0 gives back."""
-        self._fairness.charge(ticket.tenant, self._fair, ticket.latency_class, _bounded(tokens))
+    def charge(self, tenant: str, latency_class: LatencyClass, tokens: int) -> None:
+        """Add to what a tenant has been charged, here and wherever else it waits. Below 0 gives back."""
+        self._fairness.charge(tenant, self._fair, latency_class, max(-MOST_TOKENS, min(MOST_TOKENS, tokens)))
 
     def charged(self, tenant: str, latency_class: LatencyClass) -> int:
         """The tenant's counter in a class."""
@@ -169,9 +167,24 @@ class WaitQueue:
 
     def check(self) -> None:
         """What always holds. O(classes)."""
-        assert self._length == len(self._fair) == len(self.backlog)
+        assert len(self._tickets) == len(self._fair) == len(self.backlog)
         assert self._fair.stats().by_class == tuple(len(tickets) for tickets in self._classes)
 
-    def _charge_elsewhere(self, waiting: Waiting) -> None:
+    def _grant(self, ticket_id: int, capacity: Capacity) -> Waiting:
+        waiting = self._tickets[ticket_id]
         ticket = waiting.ticket
+        self._forget(waiting)
+        capacity.try_take(waiting.tokens)
         self._fairness.charge_elsewhere(ticket.tenant, self._fair, ticket.latency_class, waiting.tokens)
+        return waiting
+
+    def _forget(self, waiting: Waiting) -> None:
+        ticket = waiting.ticket
+        del self._tickets[ticket.id], self._classes[ticket.latency_class][ticket.id]
+        self._fairness.left(ticket.tenant, self._fair, ticket.latency_class)
+        self.backlog.remove(waiting.since_s, waiting.due_s)
+
+    def _clock(self, now: float) -> float:
+        """The queue's clock never goes back; ours may, by what a machine's clocks differ."""
+        self._now = max(self._now, now)
+        return self._now

@@ -49,6 +49,7 @@ from scheduler.model import (
 )
 from scheduler.eviction.base import Eviction
 from scheduler.eviction.delay import ExpectedDelay
+from scheduler.fairness import Fairness, LoadShares
 from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
@@ -63,13 +64,16 @@ MAX_CRASHES = 3  # a ready engine that dies this often without serving anybody i
 class Admitted:
     """A ticket that holds a lease: what to give back, and to whom."""
 
-    __slots__ = ("engine", "model", "since_s", "ticket", "weight")
+    __slots__ = ("charged", "engine", "model", "since_s", "ticket", "weight")
 
-    def __init__(self, ticket: Ticket, model: ModelState, engine: EngineState, weight: int, since_s: float) -> None:
+    def __init__(
+        self, ticket: Ticket, model: ModelState, engine: EngineState, weight: int, charged: bool, since_s: float
+    ) -> None:
         self.ticket = ticket
         self.model = model
         self.engine = engine
         self.weight = weight
+        self.charged = charged  # it had waited, so others may have too
         self.since_s = since_s
 
 
@@ -90,8 +94,9 @@ class Core:
         """`engines_before`: how many engine ids are taken already, by engines that outlived an earlier proxy."""
         self.settings = settings or SchedulerSettings()
         self.ordering: Ordering = ordering or Regret()
+        self.fairness = Fairness()
         self.placement = Placement(
-            devices, models, self.ordering, eviction or ExpectedDelay(), engines_before
+            devices, models, self.ordering, eviction or ExpectedDelay(), engines_before, self.fairness
         )
         self.placement.patience_s = self.settings.patience_s[LatencyClass.STANDARD]
         self.devices = self.placement.devices
@@ -118,8 +123,8 @@ class Core:
         match event:
             case Arrived(ticket):
                 return self.arrive(ticket, now)
-            case Finished(ticket_id):
-                return self.finish(ticket_id, now)
+            case Finished(ticket_id, prompt_tokens, output_tokens):
+                return self.finish(ticket_id, now, prompt_tokens, output_tokens)
             case Cancelled(ticket_id):
                 return self.cancel(ticket_id, now)
             case LoadProgress():
@@ -178,8 +183,11 @@ class Core:
             self._arrivals.append((now, ticket.model))
         return admit
 
-    def finish(self, ticket_id: int, now: float) -> list[Command]:
-        """A lease comes back; whoever fits now is admitted. O(1) for each ticket admitted."""
+    def finish(
+        self, ticket_id: int, now: float, prompt_tokens: int | None = None, output_tokens: int | None = None
+    ) -> list[Command]:
+        """A lease comes back, with the tokens it really used where they are known; whoever fits now is admitted. O(1),
+        and O(log n) for each ticket admitted."""
         admitted = self._admitted.pop(ticket_id, None)
         if admitted is None:
             return []
@@ -190,12 +198,15 @@ class Core:
         demand = model.demand
         demand.served += 1
         demand.busy_s += now - admitted.since_s
+        if output_tokens is not None:
+            _settle(admitted, prompt_tokens or 0, output_tokens)
         if model.engine is not engine:
             return []
         model.last_used_s = now
         model.failures = 0
         out = self._admit_waiting(model, now) if model.state is Residency.READY and len(model.queue) else []
         if not engine.in_flight:
+            model.pace.ended(now)
             out += self._became_idle(model, now)
             if model.state is not Residency.READY:
                 return self._with_wake(out + self._plan(now))
@@ -220,6 +231,7 @@ class Core:
             return []
         self.devices[model.engine.device].started(event.engine_id)
         model.seconds_to_load = event.load_seconds
+        _charge_load(model, event.load_seconds)
         return self._now_ready(model, now)
 
     def _adopt(self, event: EngineReady, now: float) -> list[Command]:
@@ -307,7 +319,7 @@ class Core:
         wanted = {spec.name: spec for spec in specs}
         out: list[Command] = []
         for name, spec in wanted.items():
-            model = self.models.setdefault(name, ModelState(spec))
+            model = self.models.setdefault(name, ModelState(spec, self.fairness))
             model.spec, model.removed = spec, False
             if model.engine is not None and model.engine.revision == spec.revision:
                 model.engine.capacity.resize(spec.kv_tokens, spec.max_sequences)
@@ -418,25 +430,32 @@ class Core:
         engine = model.engine
         assert engine is not None
         # an estimate must not refuse: what looks larger than the engine takes it whole, and the engine decides
-        weight = min(ticket.weight_tokens, engine.capacity.tokens)
-        if not engine.capacity.try_take(weight):
-            return None
+        weight = min(_tokens_of(ticket, model), engine.capacity.tokens)
+        return self._admit(ticket, model, weight, False, now) if engine.capacity.try_take(weight) else None
+
+    def _admit(self, ticket: Ticket, model: ModelState, weight: int, charged: bool, now: float) -> Admit:
+        engine = model.engine
+        assert engine is not None
+        if not engine.in_flight:
+            model.pace.began(now)
         engine.in_flight += 1
         model.last_asked_s = now
-        self._admitted[ticket.id] = Admitted(ticket, model, engine, weight, now)
+        shares = model.shares
+        if shares is not None and ticket.tenant not in shares.shares:
+            for tenant, latency_class, tokens in shares.join(ticket.tenant, ticket.latency_class):
+                model.queue.charge(tenant, latency_class, tokens)
+        self._admitted[ticket.id] = Admitted(ticket, model, engine, weight, charged, now)
         return Admit(ticket.id, engine.id)
 
     def _admit_waiting(self, model: ModelState, now: float) -> list[Command]:
         if self._strict:
             return self._admit_in_order(now)
+        engine = model.engine
+        assert engine is not None
         out: list[Command] = []
-        while (head := model.queue.head(now)) is not None:
-            admit = self._try_admit(head.ticket, model, now)
-            if admit is None:
-                break
-            model.queue.remove(head.ticket)
-            del self._waiting[head.ticket.id]
-            out.append(admit)
+        for waiting in model.queue.take(engine.capacity, now):
+            del self._waiting[waiting.ticket.id]
+            out.append(self._admit(waiting.ticket, model, waiting.tokens, True, now))
         return out
 
     def _admit_in_order(self, now: float) -> list[Command]:
@@ -455,7 +474,9 @@ class Core:
     def _enqueue(self, ticket: Ticket, model: ModelState, now: float) -> None:
         patience = self.settings.patience_s[ticket.latency_class]
         overdue_s = now + self.settings.overdue_after * patience
-        waiting = Waiting(ticket, self._next_order(), now, now + patience, overdue_s)
+        # never above what the engine will have, or it would wait for ever
+        tokens = min(_tokens_of(ticket, model), model.spec.kv_tokens)
+        waiting = Waiting(ticket, self._next_order(), now, now + patience, overdue_s, tokens)
         self._waiting[ticket.id] = waiting
         model.queue.push(waiting)
         until = now + self.settings.max_wait_s
@@ -589,12 +610,36 @@ class Core:
                 mine = [a for a in self._admitted.values() if a.engine is model.engine]
                 assert len(mine) == model.engine.in_flight, model
                 assert sum(a.weight for a in mine) == model.engine.capacity.held_tokens, model
-            heads = model.queue.heads()
-            if heads and model.state is Residency.READY and model.engine is not None and not self._strict:
-                capacity = model.engine.capacity
-                fits = [
-                    capacity.free_sequences > 0
-                    and capacity.free_tokens >= min(head.ticket.weight_tokens, capacity.tokens)
-                    for head in heads
-                ]
-                assert not all(fits), f"{model}: whoever is the head would fit"
+            model.queue.check()
+            head = model.queue.head()
+            if head is not None and model.state is Residency.READY and model.engine is not None and not self._strict:
+                # what a tenant is charged for another model may change whose turn it is here: the next end looks again
+                charged = model.engine.in_flight and len({tenant for tenant, _, _ in model.queue.places()}) > 1
+                weight = min(head.tokens, model.engine.capacity.tokens)
+                assert charged or not model.engine.capacity.fits(weight), f"{model}: whoever is the head would fit"
+        self.fairness.check(place for model in self.models.values() for place in model.queue.places())
+
+
+def _tokens_of(ticket: Ticket, model: ModelState) -> int:
+    """What a ticket holds and is charged: an answer without a limit is expected to be as long as such answers are."""
+    return ticket.weight_tokens + model.output.tokens if ticket.open_ended else ticket.weight_tokens
+
+
+def _settle(admitted: Admitted, prompt_tokens: int, output_tokens: int) -> None:
+    """Learn from what a ticket really used, and correct what its tenant was charged for it."""
+    model, ticket = admitted.model, admitted.ticket
+    used = prompt_tokens + output_tokens
+    model.pace.add(used)
+    if ticket.open_ended:
+        model.output.add(output_tokens)
+    if admitted.charged and used != admitted.weight:
+        model.queue.charge(ticket.tenant, ticket.latency_class, used - admitted.weight)
+
+
+def _charge_load(model: ModelState, load_s: float) -> None:
+    """A load is over: its seconds are charged, as tokens, to whoever's ticket made it necessary."""
+    cause, model.cause, model.shares = model.cause, None, None
+    if cause is not None:
+        tokens = round(load_s * model.pace.tokens_per_s)
+        model.shares = LoadShares(tokens, cause.tenant, cause.latency_class)
+        model.queue.charge(cause.tenant, cause.latency_class, tokens)

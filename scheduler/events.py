@@ -26,9 +26,12 @@ class Cancelled(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """An admitted ticket's lease came back, however its request ended."""
+    """An admitted ticket's lease came back, however its request ended. Tokens are what it really used; None: unknown,
+    and the estimate stands."""
 
     ticket_id: int
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 class LoadAsked(msgspec.Struct, frozen=True):

@@ -51,7 +51,11 @@ class StopCause(StrEnum):
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """A request as the scheduler sees it."""
+    """A request as the scheduler sees it.
+
+    `weight_tokens`: its prompt and the most it may answer; of one that is `open_ended` (no limit to its answer) the
+    prompt alone, to which the scheduler adds what it expects.
+    """
 
     id: int
     model: str
@@ -59,6 +63,7 @@ class Ticket(msgspec.Struct, frozen=True):
     tenant: str = ""
     weight_tokens: int = 1
     deadline_s: float | None = None
+    open_ended: bool = False
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

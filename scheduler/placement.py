@@ -15,6 +15,7 @@ from math import inf
 
 from scheduler.commands import Command, Load, Stop
 from scheduler.eviction.base import Eviction
+from scheduler.fairness import Fairness
 from scheduler.forecast import LEAST_WATCHED_S, drain_s
 from scheduler.ledger import DeviceLedger
 from scheduler.model import DeviceSpec, ModelSpec, Residency, StopCause
@@ -38,9 +39,10 @@ class Placement:
         ordering: Ordering,
         eviction: Eviction,
         engines_before: int,
+        fairness: Fairness | None = None,
     ) -> None:
         self.devices = {spec.name: DeviceLedger(spec) for spec in devices}
-        self.models = {spec.name: ModelState(spec) for spec in models}
+        self.models = {spec.name: ModelState(spec, fairness) for spec in models}
         self.ordering = ordering
         self.eviction = eviction
         # when to plan again if nothing happens before: a victim must stop admitting, or a load is held back
@@ -200,6 +202,7 @@ class Placement:
         engine_id = f"{model.spec.name}#{self._engine_count}"
         free = _size(ledger.free)
         self._attach(model, EngineState(engine_id, ledger.spec.name, model.spec), starting=True)
+        model.cause = model.longest_waiting() if model.wanted_order is None else None
         model.move(Residency.LOADING)
         model.load_started_s, model.progress, model.note = now, 0.0, "starting"
         asked = "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"

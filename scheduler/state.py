@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
+from scheduler.expected_output import ExpectedOutput
+from scheduler.fairness import Fairness, LoadShares, Pace
 from scheduler.forecast import Demand
-from scheduler.model import ModelSpec, Residency, StopCause
+from scheduler.model import ModelSpec, Residency, StopCause, Ticket
 from scheduler.residency import move
 
 
@@ -30,15 +32,20 @@ class ModelState:
     """
 
     __slots__ = (
-        "demand", "engine", "failures", "last_asked_s", "last_error", "last_used_s", "load_started_s", "loads", "note", "progress", "queue",
-        "removed", "retry_at_s", "seconds_to_load", "spec", "state", "stop_cause", "ttl_armed", "wanted_order",
+        "cause", "demand", "engine", "failures", "last_asked_s", "last_error", "last_used_s", "load_started_s",
+        "loads", "note", "output", "pace", "progress", "queue", "removed", "retry_at_s", "seconds_to_load", "shares",
+        "spec", "state", "stop_cause", "ttl_armed", "wanted_order",
     )  # fmt: skip
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, fairness: Fairness | None = None) -> None:
         self.spec = spec
         self.state = Residency.COLD
         self.engine: EngineState | None = None
-        self.queue = WaitQueue()
+        self.queue = WaitQueue(fairness)
+        self.output = ExpectedOutput()
+        self.pace = Pace()
+        self.cause: Ticket | None = None  # whose waiting made the load under way, or the last one, necessary
+        self.shares: LoadShares | None = None  # of the load that brought the engine here
         self.demand = Demand()
         self.last_asked_s = 0.0  # when it last let somebody in, or became ready
         self.last_used_s = 0.0  # when its last answer ended
@@ -78,6 +85,11 @@ class ModelState:
     def in_flight(self) -> int:
         """Requests on its engine."""
         return self.engine.in_flight if self.engine is not None else 0
+
+    def longest_waiting(self) -> Ticket | None:
+        """The ticket that came first of those that wait."""
+        first = min(self.queue.heads(), key=lambda waiting: waiting.order, default=None)
+        return None if first is None else first.ticket
 
     @property
     def wanted(self) -> bool:
