@@ -80,7 +80,10 @@ class Client:
     def first_byte_s(self) -> float: ...
     def scan(self, max_depth: int) -> tuple[bytes, Spans] | None: ...
     def forward(self, pool: Pool, head: bytes, edits: list[tuple[int, int, bytes]], limits: Limits) -> None:
-        """Send the request when `decide` returns: this whole head, then the body with (start, end, new bytes) edits."""
+        """Send the request when `decide` returns: this head, the body's length, the body.
+
+        `edits` of the body, in order: (start, end, new bytes).
+        """
 
 class Relay:
     """The relay. `kept` are the headers that `Client.headers` has, `foreign` beginnings of those that are not taken."""

@@ -23,6 +23,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove
 from libcpp.string cimport string
@@ -1000,8 +1001,15 @@ cdef class Upstream(Conn):
         self._body_len = 0
         self._refused = False
         self._headers = None
+        cdef char line[64]
+        cdef size_t length = client._body
+        for start, end, new in client._edits:
+            length += PyBytes_GET_SIZE(new) - (end - start)
         part.iov_base = PyBytes_AS_STRING(client._request_head)
         part.iov_len = PyBytes_GET_SIZE(client._request_head)
+        parts.push_back(part)
+        part.iov_base = line
+        part.iov_len = snprintf(line, sizeof(line), b"content-length: %zu\r\n\r\n", length)
         parts.push_back(part)
         for start, end, new in client._edits:
             part.iov_base = body + at

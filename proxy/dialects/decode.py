@@ -128,12 +128,17 @@ def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: i
         names_model=bool(fields.model),
         stream=bool(getattr(fields, "stream", None)),
         wants_usage=_wants_usage(fields),
-        prompt_tokens_estimate=max(1, size // BYTES_PER_TOKEN),
+        prompt_tokens_estimate=estimated_tokens(size),
         max_output_tokens=_max_output(fields),
         latency_class=_latency_class(headers.get("x-vramp-class"), defaults.latency_class),
         deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
         priority=fields.priority,
     )
+
+
+def estimated_tokens(size: int) -> int:
+    """Prompt tokens of a body of `size` bytes, roughly."""
+    return max(1, size // BYTES_PER_TOKEN)
 
 
 def _check_text(body: bytes, max_depth: int) -> None:

@@ -39,8 +39,9 @@ class _Histogram:
         self.counts[bisect_left(_SECONDS, seconds)] += 1
         self.total_s += seconds
 
-    def buckets(self) -> list[tuple[str, float]]:
-        return list(zip(_BOUNDS, accumulate(self.counts), strict=True))
+    def buckets(self, zeros: int = 0) -> list[tuple[str, float]]:
+        """Cumulative, `zeros` observations of nothing among them."""
+        return list(zip(_BOUNDS, (zeros + count for count in accumulate(self.counts)), strict=True))
 
 
 class _Series:
@@ -57,9 +58,19 @@ class _Series:
 class _Model:
     """What the requests of one model add to, whoever answers them."""
 
-    __slots__ = ("cached_tokens", "input_tokens", "load", "output_tokens", "queue", "stream_errors", "upstream")
+    __slots__ = (
+        "cached_tokens",
+        "input_tokens",
+        "load",
+        "output_tokens",
+        "queue",
+        "stream_errors",
+        "unwaited",
+        "upstream",
+    )
 
     def __init__(self) -> None:
+        self.unwaited = 0  # waited for neither lease nor load: most do, and two sums are not worth their time then
         self.queue, self.load, self.upstream = _Histogram(), _Histogram(), _Histogram()
         self.input_tokens = self.cached_tokens = self.output_tokens = 0
         self.stream_errors = 0
@@ -71,7 +82,7 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._in_flight = 0
-        self._series: dict[tuple[str, str, str], _Series] = {}
+        self._series: dict[tuple[str, str, str], tuple[_Series, _Model]] = {}
         self._models: dict[str, _Model] = {}
         self.registry.register(self)
 
@@ -82,7 +93,11 @@ class Metrics(Collector):
     def finished(self, outcome: Outcome) -> None:
         """A request ended. Called exactly once for each. Two microseconds."""
         self._in_flight -= 1
-        series, model = self._of(outcome)
+        key = (outcome.model or NO_MODEL, outcome.backend or "none", outcome.latency_class or "none")
+        try:
+            series, model = self._series[key]
+        except KeyError:
+            series, model = self._new(key)
         statuses, status = series.statuses, outcome.status // 100
         statuses[status] = statuses.get(status, 0) + 1
         series.duration.observe(outcome.duration_s)
@@ -91,9 +106,12 @@ class Metrics(Collector):
         if outcome.first_byte_s is None:
             return
         series.first_byte.observe(outcome.first_byte_s)
-        model.queue.observe(outcome.queue_s)
-        model.load.observe(outcome.load_s)
         model.upstream.observe(outcome.upstream_s)
+        if outcome.queue_s or outcome.load_s:
+            model.queue.observe(outcome.queue_s)
+            model.load.observe(outcome.load_s)
+        else:
+            model.unwaited += 1
         model.input_tokens += outcome.prompt_tokens or 0
         model.cached_tokens += outcome.cached_tokens or 0
         model.output_tokens += outcome.output_tokens or 0
@@ -102,14 +120,10 @@ class Metrics(Collector):
         """The page and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    def _of(self, outcome: Outcome) -> tuple[_Series, _Model]:
+    def _new(self, key: tuple[str, str, str]) -> tuple[_Series, _Model]:
         """Bounded: the journey sets these names only after routing found them in the configuration."""
-        name = outcome.model or NO_MODEL
-        key = (name, outcome.backend or "none", outcome.latency_class or "none")
-        try:
-            return self._series[key], self._models[name]
-        except KeyError:
-            return self._series.setdefault(key, _Series()), self._models.setdefault(name, _Model())
+        made = self._series[key] = (_Series(), self._models.setdefault(key[0], _Model()))
+        return made
 
     def collect(self) -> Iterator[Metric]:
         """Everything, as prometheus_client wants it."""
@@ -128,7 +142,7 @@ class Metrics(Collector):
             "From the first byte of a request to the first byte of model output.",
             labels=labels,
         )
-        for key, series in self._series.items():
+        for key, (series, _) in self._series.items():
             for status, count in series.statuses.items():
                 requests.add_metric((*key, f"{status}xx"), count)
             for metric, kept in ((duration, series.duration), (first_byte, series.first_byte)):
@@ -143,8 +157,9 @@ class Metrics(Collector):
         tokens = CounterMetricFamily("vramp_tokens", "Tokens used.", labels=("model", "type"))
         for name, model in self._models.items():
             errors.add_metric((name,), model.stream_errors)
-            for phase, kept in (("queue", model.queue), ("load", model.load), ("upstream", model.upstream)):
-                waits.add_metric((name, phase), buckets=kept.buckets(), sum_value=kept.total_s)
+            phases = (("queue", model.queue, model.unwaited), ("load", model.load, model.unwaited))
+            for phase, kept, zeros in (*phases, ("upstream", model.upstream, 0)):
+                waits.add_metric((name, phase), buckets=kept.buckets(zeros), sum_value=kept.total_s)
             counts = (("input", model.input_tokens), ("cached", model.cached_tokens), ("output", model.output_tokens))
             for kind, count in counts:
                 tokens.add_metric((name, kind), count)

@@ -53,5 +53,7 @@ class Outcome(msgspec.Struct):
 
     def wait_ms(self) -> str:
         """The waits in whole milliseconds, as `x-vramp-wait-ms` has them."""
-        queue, load, upstream = self.queue_s * 1000, self.load_s * 1000, self.upstream_s * 1000
-        return f"queue={queue:.0f},load={load:.0f},upstream={upstream:.0f}"
+        upstream = round(self.upstream_s * 1000)
+        if not (self.queue_s or self.load_s):
+            return f"queue=0,load=0,upstream={upstream}"
+        return f"queue={round(self.queue_s * 1000)},load={round(self.load_s * 1000)},upstream={upstream}"

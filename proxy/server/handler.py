@@ -104,8 +104,9 @@ class Handler:
 
     def begin(self) -> None:
         """A request is in flight. `end` follows, exactly once."""
+        if not self._in_flight:
+            self._idle.clear()
         self._in_flight += 1
-        self._idle.clear()
         self._metrics.started()
 
     def end(self, outcome: Outcome, now: float) -> None:
@@ -211,11 +212,16 @@ def taken_over(request: web.BaseRequest) -> Tried | None:
     return tried
 
 
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """The client's own id where it is harmless, else a new one."""
+    given = headers.get("x-request-id")
+    return given if given and _SANE_ID.fullmatch(given) else f"req-{getrandbits(96):024x}"
+
+
 def open_outcome(headers: Mapping[str, str], method: str, path: str, remote: str, now: float) -> Outcome:
     """The record of a request that begins now (loop time)."""
-    given = headers.get("x-request-id", "")
     return Outcome(
-        request_id=given if given and _SANE_ID.fullmatch(given) else f"req-{getrandbits(96):024x}",
+        request_id=request_id_of(headers),
         method=method,
         path=path,
         started_s=now,
