@@ -125,7 +125,7 @@ class Decision(msgspec.Struct, frozen=True):
 class Waiting:
     """A ticket on its way to a lease. Leaving the `with` block withdraws it or gives the lease back, once."""
 
-    __slots__ = ("_closed", "_driver", "_future", "submitted_s", "ticket")
+    __slots__ = ("_closed", "_driver", "_future", "submitted_s", "ticket", "usage")
 
     def __init__(self, driver: Scheduler, ticket: Ticket, future: asyncio.Future[Lease], now: float) -> None:
         self._driver = driver
@@ -133,6 +133,7 @@ class Waiting:
         self._closed = False
         self.ticket = ticket
         self.submitted_s = now
+        self.usage: tuple[int, int] | None = None  # tokens of the prompt and of the answer, once it has ended well
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +148,10 @@ class Waiting:
         if self._future.done():
             return self._future.result()
         return await asyncio.shield(self._future)
+
+    def used(self, prompt_tokens: int, output_tokens: int) -> None:
+        """What the request really used, to be told with the lease: corrects what its tenant is charged."""
+        self.usage = prompt_tokens, output_tokens
 
     @property
     def done(self) -> bool:
@@ -230,14 +235,19 @@ class Scheduler:
         self._observe(admit)
         return Lease(admit.engine_id, self._urls[admit.engine_id], 0.0, 0.0)
 
-    def give_back(self, ticket_id: int) -> None:
-        """Give back what `lease_now` gave."""
-        self._carry_out(self.core.finish(ticket_id, self._loop.time()))
+    def give_back(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
+        """Give back what `lease_now` gave; the tokens are what was really used, where that is known."""
+        self._carry_out(self.core.finish(ticket_id, self._loop.time(), prompt_tokens, output_tokens))
 
     def close_ticket(self, waiting: Waiting) -> None:
         """Withdraw a ticket or give its lease back."""
-        if self._waiting.pop(waiting.ticket.id, None) is not None:
-            self._carry_out(self.core.cancel(waiting.ticket.id, self._loop.time()))
+        if self._waiting.pop(waiting.ticket.id, None) is None:
+            return
+        now = self._loop.time()
+        if waiting.usage is None:
+            self._carry_out(self.core.cancel(waiting.ticket.id, now))
+        else:
+            self._carry_out(self.core.finish(waiting.ticket.id, now, *waiting.usage))
 
     async def lost(self, engine_id: str) -> bool:
         """Whether an engine that broke off a request has died, so that asking for a lease again finds another.

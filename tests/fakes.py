@@ -136,6 +136,7 @@ class FakeWaiting:
         self.ticket = ticket
         self.future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self.closed = 0
+        self.usage: tuple[int, int] | None = None
 
     def __enter__(self) -> FakeWaiting:
         return self
@@ -148,6 +149,9 @@ class FakeWaiting:
 
     async def granted(self) -> Lease:
         return await asyncio.shield(self.future)
+
+    def used(self, prompt_tokens: int, output_tokens: int) -> None:
+        self.usage = prompt_tokens, output_tokens
 
     def describe(self) -> str:
         return f"loading {self.ticket.model}, 62 %, 2 before you, about 3 s"
@@ -194,8 +198,11 @@ class FakeScheduler:
         self.lease(ticket)
         return Lease("engine-1", self.base_url, 0.0, 0.0)
 
-    def give_back(self, ticket_id: int) -> None:
-        next(each for each in self.waiting if each.ticket.id == ticket_id).__exit__(None, None, None)
+    def give_back(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
+        lent = next(each for each in self.waiting if each.ticket.id == ticket_id)
+        if prompt_tokens is not None and output_tokens is not None:
+            lent.used(prompt_tokens, output_tokens)
+        lent.__exit__(None, None, None)
 
     def lease(self, ticket: Ticket) -> FakeWaiting:
         waiting = FakeWaiting(self, ticket)

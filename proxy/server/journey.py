@@ -36,7 +36,6 @@ from scheduler.model import LatencyClass, RefusalCode, Ticket
 FIRST_COMMENT_S = 1.0
 COMMENT_EVERY_S = 3.0
 UNREACHABLE_RETRY_S = 1.0  # an engine that died is noticed and replaced by then; a remote's hiccup may be over
-OUTPUT_TOKENS = 512  # reserved where a request sets no limit: a guess that decides packing, never a refusal
 FAILOVER_STATUSES = frozenset({429, 502, 503, 504})
 CLASS_NAMES = {each: each.name.lower() for each in LatencyClass}
 FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta", "openai-beta")
@@ -59,6 +58,10 @@ class Waits(Protocol):
         """One line on what is waited for."""
         ...
 
+    def used(self, prompt_tokens: int, output_tokens: int) -> None:
+        """What the request really used."""
+        ...
+
 
 class Leases(Protocol):
     """What a journey needs of the scheduler."""
@@ -71,8 +74,8 @@ class Leases(Protocol):
         """A lease if one can be had at once, else nothing happens. It goes back by `give_back`."""
         ...
 
-    def give_back(self, ticket_id: int) -> None:
-        """Return what `lease_now` gave, once."""
+    def give_back(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
+        """Return what `lease_now` gave, once, with what the request really used if it ended well."""
         ...
 
     def new_ticket_id(self) -> int:
@@ -182,6 +185,8 @@ class Journey:
             self._outcome.load_s += lease.load_s
             try:
                 await self._exchange(call, candidate, relay, lease.base_url)
+                if self._outcome.prompt_tokens is not None:
+                    waiting.used(self._outcome.prompt_tokens, self._outcome.output_tokens or 0)
             except AttemptFailed as failure:
                 if isinstance(failure.__cause__, Unreachable | Broken):
                     raise EngineBroke(failure.error, lease.engine_id) from failure
@@ -246,14 +251,14 @@ def note_attempt(outcome: Outcome, candidate: Candidate) -> None:
 def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, outcome: Outcome) -> Ticket:
     """What the scheduler is asked for."""
     limit_ms = call.deadline_ms or state.deadlines_ms.get(call.latency_class)
-    output = call.max_output_tokens if call.max_output_tokens is not None else OUTPUT_TOKENS
     return Ticket(
         id=leases.new_ticket_id(),
         model=candidate.deployment.name,
         latency_class=call.latency_class,
         tenant=call.tenant,
-        weight_tokens=call.prompt_tokens_estimate + output,
+        weight_tokens=call.prompt_tokens_estimate + (call.max_output_tokens or 0),
         deadline_s=None if limit_ms is None else outcome.started_s + limit_ms / 1000,
+        open_ended=call.max_output_tokens is None and call.endpoint.streams,
     )
 
 

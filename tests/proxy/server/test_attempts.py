@@ -295,3 +295,32 @@ async def test_an_engine_that_died_in_mid_stream_is_not_asked_again(proxy: Proxy
     assert len(proxy.scheduler.waiting) == 1
     assert proxy.scheduler.engine_died
     await proxy.still_works()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_what_a_request_really_used_goes_back_with_its_lease(proxy: Proxy, streaming: bool) -> None:
+    if streaming:
+        proxy.upstream.behave = stream()
+    response = await proxy.chat(stream=streaming)
+    await response.read()
+    await proxy.settled()
+    (lent,) = proxy.scheduler.waiting
+    assert (lent.usage, lent.ticket.open_ended, lent.closed) == ((7, 2), True, 1)
+
+
+async def test_a_stream_that_broke_off_teaches_nothing(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream(chunk("Hel"), USAGE_CHUNK, then=die)
+    response = await proxy.chat(stream=True)
+    await response.read()
+    await proxy.settled()
+    assert proxy.scheduler.waiting[0].usage is None
+    await proxy.still_works()
+
+
+async def test_a_request_with_a_limit_weighs_it_and_one_without_is_open_ended(proxy: Proxy) -> None:
+    await proxy.chat(max_tokens=1000)
+    await proxy.chat()
+    await proxy.session.post("/v1/embeddings", json={"model": "demo-embed", "input": "Hi"})
+    limited, open_ended, embedding = proxy.scheduler.tickets
+    assert limited.weight_tokens - open_ended.weight_tokens in range(1000, 1010)
+    assert [each.open_ended for each in (limited, open_ended, embedding)] == [False, True, False]
