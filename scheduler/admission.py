@@ -19,6 +19,7 @@ from math import inf
 from ext.fair_queue import FairQueue
 from ext.weighted_semaphore import Capacity
 from scheduler.backlog import Backlog
+from scheduler.eta import Stage
 from scheduler.fairness import Fairness, Line
 from scheduler.model import LatencyClass, Ticket
 
@@ -31,7 +32,7 @@ class Waiting:
     """A ticket in the queue. `order` grows with every arrival; `since_s` is when it came, `due_s` until when it is on
     time, `overdue_s` from when it may go out of turn. `tokens` is what it is charged, and holds in the engine."""
 
-    __slots__ = ("due_s", "order", "overdue_s", "since_s", "ticket", "tokens")
+    __slots__ = ("due_s", "estimate_s", "order", "overdue_s", "since_s", "stage", "ticket", "tokens")
 
     def __init__(
         self, ticket: Ticket, order: int, since_s: float, due_s: float, overdue_s: float, tokens: int = 1
@@ -42,6 +43,8 @@ class Waiting:
         self.due_s = due_s
         self.overdue_s = overdue_s
         self.tokens = tokens
+        self.stage = Stage.QUEUED  # where it stood when it came, and
+        self.estimate_s = 0.0  # for how long it was thought to wait
 
 
 class WaitQueue:

@@ -24,20 +24,45 @@ class Refuse(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Start an engine for the model on the device; its memory is already promised."""
+    """Start an engine for the model on the device and its partners; its memory is already promised on all of them."""
 
     engine_id: str
     model: str
     device: str
     reason: str
+    partners: tuple[str, ...] = ()
 
 
 class Stop(msgspec.Struct, frozen=True):
-    """End the engine's processes: nobody uses it any more. `reason` goes into the decision log."""
+    """End the engine's processes: nobody uses it any more. `reason` goes into the decision log. `force`: its whole
+    group is killed at once."""
 
     engine_id: str
     cause: StopCause
     reason: str
+    force: bool = False
+
+
+class Sleep(msgspec.Struct, frozen=True):
+    """Have the idle engine move its weights to host memory and drop its cache; answered by Asleep."""
+
+    engine_id: str
+    cause: StopCause
+    reason: str
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """Have the engine take its memory back, which is promised; answered by EngineReady, or ProbeAnswered with an
+    error."""
+
+    engine_id: str
+    reason: str
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """Ask the idle engine the fixed question; answered by ProbeAnswered."""
+
+    engine_id: str
 
 
 class WakeAt(msgspec.Struct, frozen=True):
@@ -46,4 +71,4 @@ class WakeAt(msgspec.Struct, frozen=True):
     at_s: float
 
 
-Command = Admit | Refuse | Load | Stop | WakeAt
+Command = Admit | Refuse | Load | Stop | Sleep | Wake | Probe | WakeAt

@@ -21,9 +21,12 @@ from collections.abc import Iterable
 from math import inf
 
 from scheduler.admission import Waiting
-from scheduler.commands import Admit, Command, Refuse, Stop, WakeAt
+from scheduler.attest import difference
+from scheduler.commands import Admit, Command, Probe, Refuse, Sleep, Stop, WakeAt
+from scheduler.eta import Calibration, Eta, Quote, Stage
 from scheduler.events import (
     Arrived,
+    Asleep,
     Cancelled,
     ConfigChanged,
     EngineFailed,
@@ -34,9 +37,14 @@ from scheduler.events import (
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
+    ProbeAnswered,
     Tick,
     UnloadAsked,
 )
+from scheduler.eviction.base import Eviction
+from scheduler.eviction.delay import ExpectedDelay
+from scheduler.fairness import Fairness, LoadShares
+from scheduler.footprints import Footprints
 from scheduler.model import (
     DeviceSpec,
     LatencyClass,
@@ -47,9 +55,6 @@ from scheduler.model import (
     StopCause,
     Ticket,
 )
-from scheduler.eviction.base import Eviction
-from scheduler.eviction.delay import ExpectedDelay
-from scheduler.fairness import Fairness, LoadShares
 from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
@@ -58,6 +63,7 @@ from scheduler.timers import Timer, Timers
 
 ARRIVALS_KEPT = 1024
 CREDIT_PER_S = 50.0
+TTL_AGAIN_S = 1.0  # while a neighbour starts, nothing leaves the device
 MAX_CRASHES = 3  # a ready engine that dies this often without serving anybody in between is backed off
 
 
@@ -90,20 +96,29 @@ class Core:
         engines_before: int = 0,
         ordering: Ordering | None = None,
         eviction: Eviction | None = None,
+        footprints: Footprints | None = None,
     ) -> None:
         """`engines_before`: how many engine ids are taken already, by engines that outlived an earlier proxy."""
         self.settings = settings or SchedulerSettings()
         self.ordering: Ordering = ordering or Regret()
         self.fairness = Fairness()
+        self._timers = Timers()
         self.placement = Placement(
-            devices, models, self.ordering, eviction or ExpectedDelay(), engines_before, self.fairness
+            devices,
+            models,
+            self.ordering,
+            eviction or ExpectedDelay(),
+            engines_before,
+            self.fairness,
+            timers=self._timers,
+            footprints=footprints,
         )
-        self.placement.patience_s = self.settings.patience_s[LatencyClass.STANDARD]
+        self.placement.configure(self.settings)
         self.devices = self.placement.devices
         self.models = self.placement.models
         self._waiting: dict[int, Waiting] = {}
         self._admitted: dict[int, Admitted] = {}
-        self._timers = Timers()
+        self._calibration = Calibration()
         self._wake_at: float | None = None
         self._again_at = inf
         self._order = 0
@@ -131,14 +146,17 @@ class Core:
                 self._progress(event)
                 return []
             case MemoryMeasured():
-                self._measured(event)
-                out: list[Command] = []
+                out = self._measured(event, now)
             case EngineReady():
                 out = self._engine_ready(event, now)
-            case EngineFailed(engine_id, reason):
-                out = self._engine_failed(engine_id, reason, now)
+            case EngineFailed():
+                out = self._engine_failed(event, now)
             case EngineStopped(engine_id):
-                out = self._engine_gone(engine_id)
+                out = self._engine_gone(engine_id, now)
+            case Asleep(engine_id, error):
+                out = self._asleep(engine_id, error, now)
+            case ProbeAnswered():
+                out = self._probe_answered(event, now)
             case LoadAsked(name):
                 out = self._load_asked(name)
             case UnloadAsked(name):
@@ -227,16 +245,52 @@ class Core:
         if event.adopted:
             return self._adopt(event, now)
         model = self.placement.by_engine(event.engine_id)
-        if model is None or model.state is not Residency.LOADING or model.engine is None:
+        if model is None or model.engine is None or model.state not in (Residency.LOADING, Residency.WAKING):
             return []
-        self.devices[model.engine.device].started(event.engine_id)
+        self.placement.start_over(model.engine)
         model.seconds_to_load = event.load_seconds
         _charge_load(model, event.load_seconds)
+        if model.state is Residency.WAKING or self.placement.may_sleep(model):
+            return [Probe(event.engine_id)]
         return self._now_ready(model, now)
+
+    def _probe_answered(self, event: ProbeAnswered, now: float) -> list[Command]:
+        model = self.placement.by_engine(event.engine_id)
+        if model is None or model.engine is None:
+            return []
+        if model.state is Residency.LOADING:
+            model.engine.says = None if event.error else event
+            return self._now_ready(model, now)
+        if model.state is not Residency.WAKING or model.engine.says is None:
+            return []
+        wrong = difference(model.engine.says, event)
+        if wrong is None:
+            model.sleepless_times = 0
+            return self._now_ready(model, now)
+        self._keep_awake(model, now)
+        return self.placement.stop(model, StopCause.CORRUPT, f"it did not wake as it was: {wrong}")
+
+    def _asleep(self, engine_id: str, error: str, now: float) -> list[Command]:
+        model = self.placement.by_engine(engine_id)
+        if model is None or model.engine is None or model.state is not Residency.SUSPENDING:
+            return []
+        if error:
+            self._keep_awake(model, now)
+            return self.placement.stop(model, StopCause.EVICTED, f"it could not be put to sleep: {error}")
+        if self.placement.departures.answered(model.engine, now):
+            self.placement.asleep(model)
+        return []
+
+    def _keep_awake(self, model: ModelState, now: float) -> None:
+        """Sleep failed this model: its engines are stopped instead, for a while that grows."""
+        pause = self._pause_s(model.sleepless_times)
+        model.sleepless, model.sleepless_times = True, model.sleepless_times + 1
+        self._timers.push(now + pause, "sleepless", model.spec.name)
 
     def _adopt(self, event: EngineReady, now: float) -> list[Command]:
         model = self.models.get(event.model)
-        if model is None or event.device not in self.devices or model.engine is not None:
+        known = all(name in self.devices for name in (event.device, *event.partners))
+        if model is None or not known or model.engine is not None:
             return [
                 Stop(
                     event.engine_id,
@@ -244,13 +298,16 @@ class Core:
                     "an engine from before that the configuration no longer has a place for",
                 )
             ]
-        self.placement.adopt(model, event.engine_id, event.device, event.revision)
+        self.placement.adopt(model, event.engine_id, event.device, event.revision, event.partners)
         return self._now_ready(model, now)
 
     def _now_ready(self, model: ModelState, now: float) -> list[Command]:
+        assert model.engine is not None
+        model.loads += model.state is not Residency.WAKING
         model.move(Residency.READY)
         model.progress, model.note, model.last_error = 1.0, "", ""
-        model.loads += 1
+        model.ran_out, model.engine.was_ready = False, True
+        self.placement.learn(model)
         model.wanted_order = None
         model.last_used_s = model.last_asked_s = now
         out = self._admit_waiting(model, now)
@@ -258,48 +315,63 @@ class Core:
             out += self._became_idle(model, now)
         return out
 
-    def _engine_failed(self, engine_id: str, reason: str, now: float) -> list[Command]:
-        model = self.placement.by_engine(engine_id)
-        if model is None:
+    def _engine_failed(self, event: EngineFailed, now: float) -> list[Command]:
+        model = self.placement.by_engine(event.engine_id)
+        if model is None or model.engine is None:
             return []
         if model.state is Residency.STOPPING:
-            return self._engine_gone(engine_id)
+            return self._engine_gone(event.engine_id, now)
         loading = model.state is Residency.LOADING
-        model.failures += 1
-        model.last_error = reason
-        self.placement.detach(model)
-        if model.removed:
-            del self.models[model.spec.name]
-            return []
-        if not loading and model.failures < MAX_CRASHES:
-            model.move(Residency.COLD)
-            return []
-        return self._back_off(model, now)
+        once_more = loading and event.out_of_memory and not model.ran_out
+        if loading and event.out_of_memory:
+            model.ran_out = True
+            self.placement.ran_out(model)
+        model.failures += not once_more
+        model.last_error = event.reason
+        if (loading and not once_more) or model.failures >= MAX_CRASHES:
+            model.engine.end = Residency.FAILED
+        if not self.placement.frees_late(model.engine):
+            return self._departed(model, now)
+        self.placement.stop(model, StopCause.LEAKED, "it has gone, its memory not yet")
+        return self._engine_gone(event.engine_id, now)
 
     def _back_off(self, model: ModelState, now: float) -> list[Command]:
         model.move(Residency.FAILED)
         model.wanted_order = None
-        doublings = min(model.failures - 1, 30)
-        pause = min(self.settings.backoff_limit_s, self.settings.backoff_first_s * 2.0**doublings)
-        model.retry_at_s = now + pause
+        model.retry_at_s = now + self._pause_s(model.failures - 1)
         self._timers.push(model.retry_at_s, "retry", model.spec.name)
         return [
             self._refuse_waiting(waiting, self._failed(waiting.ticket, model, now)) for waiting in model.queue.drain()
         ]
 
-    def _engine_gone(self, engine_id: str) -> list[Command]:
+    def _pause_s(self, times: int) -> float:
+        return min(self.settings.backoff_limit_s, self.settings.backoff_first_s * 2.0 ** min(times, 30))
+
+    def _engine_gone(self, engine_id: str, now: float) -> list[Command]:
+        """No process is left; on some devices that is not yet the end."""
         model = self.placement.by_engine(engine_id)
-        if model is None:
+        if model is None or model.engine is None:
             return []
+        if model.state is Residency.STOPPING and not self.placement.departures.answered(model.engine, now):
+            return []
+        return self._departed(model, now)
+
+    def _departed(self, model: ModelState, now: float) -> list[Command]:
+        """The engine is gone and its memory is back, or is not waited for any longer."""
+        engine = model.engine
+        assert engine is not None
         self.placement.detach(model)
-        model.move(Residency.COLD)
         if model.removed:
             del self.models[model.spec.name]
+            return []
+        if engine.end is Residency.FAILED:
+            return self._back_off(model, now)
+        model.move(Residency.COLD)
         return []
 
     def _load_asked(self, name: str) -> list[Command]:
         model = self.models.get(name)
-        if model is None or model.state in (Residency.READY, Residency.LOADING):
+        if model is None or model.state in (Residency.READY, Residency.LOADING, Residency.WAKING):
             return []
         if model.state is Residency.FAILED:
             model.move(Residency.COLD)
@@ -315,12 +387,13 @@ class Core:
 
     def _config_changed(self, specs: Iterable[ModelSpec], settings: SchedulerSettings) -> list[Command]:
         self.settings = settings
-        self.placement.patience_s = settings.patience_s[LatencyClass.STANDARD]
+        self.placement.configure(settings)
         wanted = {spec.name: spec for spec in specs}
         out: list[Command] = []
         for name, spec in wanted.items():
             model = self.models.setdefault(name, ModelState(spec, self.fairness))
             model.spec, model.removed = spec, False
+            self.placement.book(model)
             if model.engine is not None and model.engine.revision == spec.revision:
                 model.engine.capacity.resize(spec.kv_tokens, spec.max_sequences)
         for name in self.models.keys() - wanted.keys():
@@ -342,10 +415,46 @@ class Core:
             return out
         return out + self.placement.give_up(model, StopCause.CONFIGURATION, "removed from the configuration")
 
-    def _measured(self, event: MemoryMeasured) -> None:
+    def _measured(self, event: MemoryMeasured, now: float) -> list[Command]:
         ledger = self.devices.get(event.device)
-        if ledger is not None:
-            ledger.measured(event.used_bytes, event.foreign_bytes, event.overhead_bytes, event.engines)
+        if ledger is None:
+            return []
+        ledger.measured(event.used_bytes, event.foreign_bytes, event.overhead_bytes, event.engines)
+        out: list[Command] = []
+        for model in self.placement.leaving(event.device):
+            if model.engine is not None and self.placement.departures.complete(model.engine):
+                out += self._gave_back(model, now)
+        return out
+
+    def _gave_back(self, model: ModelState, now: float) -> list[Command]:
+        if model.state is not Residency.SUSPENDING:
+            return self._departed(model, now)
+        self.placement.asleep(model)
+        return []
+
+    def _fall_over(self, engine_id: str, now: float) -> list[Command]:
+        """An engine said some time ago that it sleeps or has gone: has its memory come back?"""
+        model = self.placement.by_engine(engine_id)
+        departures = self.placement.departures
+        if model is None or (engine := model.engine) is None or not departures.due(engine):
+            return []
+        if departures.complete(engine):
+            return self._gave_back(model, now)
+        if departures.wait_longer(engine, now):
+            return []
+        once_more = departures.again(engine) == 1
+        what = f"its memory is still in use after {self.settings.fall_limit_s:g} s"
+        if model.state is Residency.SUSPENDING:
+            if once_more:
+                return [Sleep(engine_id, StopCause.LEAKED, f"it says that it sleeps, and {what}: once more")]
+            self._keep_awake(model, now)
+            return self.placement.stop(model, StopCause.LEAKED, f"it says that it sleeps, and {what}", force=True)
+        if once_more:
+            return [Stop(engine_id, StopCause.LEAKED, f"it has gone, and {what}: once more, by force", force=True)]
+        model.failures += 1
+        model.last_error = f"its last engine has gone, and {what}"
+        engine.end = Residency.FAILED
+        return self._departed(model, now)
 
     def _progress(self, event: LoadProgress) -> None:
         model = self.placement.by_engine(event.engine_id)
@@ -368,11 +477,16 @@ class Core:
         if kind == "plan":
             self._again_at = inf  # every tick plans
             return []
+        if kind == "fall":
+            return self._fall_over(str(key), now)
         model = self.models.get(str(key))
         if model is None:
             return []
         if kind == "ttl":
             return self._ttl_over(model, now)
+        if kind == "sleepless":
+            model.sleepless = False
+            return []
         if model.state is Residency.FAILED and model.retry_at_s <= now:
             model.move(Residency.COLD)
         return []
@@ -400,6 +514,10 @@ class Core:
         model.ttl_armed = False
         ttl = model.spec.ttl_s
         if ttl is None or not model.idle:
+            return []
+        if self.placement.start_beside(model):
+            model.ttl_armed = True
+            self._timers.push(now + TTL_AGAIN_S, "ttl", model.spec.name)
             return []
         if now >= model.last_used_s + ttl:
             return self.placement.give_up(
@@ -455,6 +573,7 @@ class Core:
         out: list[Command] = []
         for waiting in model.queue.take(engine.capacity, now):
             del self._waiting[waiting.ticket.id]
+            self._calibration.learn(waiting.stage, waiting.estimate_s, now - waiting.since_s)
             out.append(self._admit(waiting.ticket, model, waiting.tokens, True, now))
         return out
 
@@ -478,6 +597,7 @@ class Core:
         tokens = min(_tokens_of(ticket, model), model.spec.kv_tokens)
         waiting = Waiting(ticket, self._next_order(), now, now + patience, overdue_s, tokens)
         self._waiting[ticket.id] = waiting
+        waiting.stage, waiting.estimate_s = self._estimate(model, len(model.queue), now)
         model.queue.push(waiting)
         until = now + self.settings.max_wait_s
         if ticket.deadline_s is not None:
@@ -494,6 +614,11 @@ class Core:
             return Refuse(ticket.id, RefusalCode.NEVER_FITS, reason)
         if ticket.deadline_s is not None and ticket.deadline_s <= now:
             return Refuse(ticket.id, RefusalCode.DEADLINE, "its deadline has passed already")
+        if ticket.deadline_s is not None and model.loads:  # what was never loaded may be faster than was guessed
+            eta = self._calibration.eta(*self._estimate(model, len(model.queue), now))
+            if now + eta.low_s > ticket.deadline_s:
+                reason = f"its deadline is in {ticket.deadline_s - now:.1f} s and {ticket.model} is at best {eta.low_s:.1f} s away"
+                return Refuse(ticket.id, RefusalCode.DEADLINE, reason, eta.expected_s)
         if len(model.queue) >= model.spec.max_queue:
             reason = f"{len(model.queue)} requests wait for {ticket.model} already (max_queue = {model.spec.max_queue})"
             return Refuse(ticket.id, RefusalCode.QUEUE_FULL, reason, self._retry_after(model, now))
@@ -503,7 +628,7 @@ class Core:
         return None
 
     def _retry_after(self, model: ModelState, now: float) -> float:
-        return 1.0 if model.state is Residency.READY else max(1.0, model.expected_load_s(now))
+        return max(1.0, self._calibration.eta(*self._estimate(model, len(model.queue), now)).expected_s)
 
     def _failed(self, ticket: Ticket, model: ModelState, now: float) -> Refuse:
         pause = max(0.0, model.retry_at_s - now)
@@ -518,7 +643,7 @@ class Core:
         if model.state is Residency.DRAINING:
             if model.stop_cause is StopCause.EVICTED:
                 return []  # its plan stops it, unless that is revised
-            return self.placement.stop(model, model.stop_cause, model.note)
+            return self.placement.drained(model)
         self._arm_ttl(model)
         return self.placement.relieve_pressure(self.settings.pressure_threshold)
 
@@ -572,18 +697,45 @@ class Core:
         parts = [self._why_waiting(model)]
         if ahead:
             parts.append(f"{ahead} before you")
-        if model.state is not Residency.READY:
-            parts.append(f"about {model.expected_load_s(now):.0f} s")
+        eta = self._calibration.eta(*self._estimate(model, ahead, now))
+        parts.append(f"about {eta.expected_s:.0f} s ({eta.low_s:.0f} to {eta.high_s:.0f} s)")
         return ", ".join(parts)
+
+    def quote(self, ticket: Ticket, now: float) -> Quote:
+        """When this ticket would get, or will get, its lease, and what its load would cost the others. Changes
+        nothing. O(devices). A model that may not wait at all is not known here: ask `arrive`."""
+        model = self.models[ticket.model]
+        waiting = self._waiting.get(ticket.id)
+        if waiting is None and model.state is Residency.READY and not len(model.queue):
+            engine = model.engine
+            if engine is not None and engine.capacity.free_sequences and engine.capacity.free_tokens:
+                return Quote(Eta(0.0, 0.0, 0.0), 0.0)
+        ahead = len(model.queue) if waiting is None else model.queue.ahead(waiting)
+        eta = self._calibration.eta(*self._estimate(model, ahead, now))
+        alone = model.engine is None and len(model.queue) <= (waiting is not None)
+        return Quote(eta, model.seconds_to_load if alone else 0.0)
+
+    def _estimate(self, model: ModelState, ahead: int, now: float) -> tuple[Stage, float]:
+        """Where a ticket with so many before it stands, and for how long it should wait if nothing comes between."""
+        service_s = model.demand.mean_service_s()
+        if model.state is Residency.READY:
+            return Stage.BUSY, (ahead + 1) * service_s / max(1, model.in_flight)
+        rounds_s = ahead // model.spec.max_sequences * service_s
+        if model.state is Residency.LOADING:
+            return Stage.LOADING, model.expected_load_s(now) + rounds_s
+        planned, begin_s = self.placement.begins_in_s(model, now)
+        return Stage.PLANNED if planned else Stage.QUEUED, begin_s + model.seconds_to_load + rounds_s
 
     def _why_waiting(self, model: ModelState) -> str:
         name = model.spec.name
         match model.state:
             case Residency.LOADING:
                 return f"loading {name}, {model.progress:.0%} ({model.note})"
+            case Residency.WAKING:
+                return f"waking {name}"
             case Residency.READY:
                 return f"{name} is busy"
-            case Residency.DRAINING | Residency.STOPPING:
+            case Residency.DRAINING | Residency.SUSPENDING | Residency.STOPPING:
                 return f"{name} makes room for another model first"
             case _:
                 return f"making room for {name}"
@@ -602,6 +754,7 @@ class Core:
         """What always holds; tests call this after every event. O(everything)."""
         for ledger in self.devices.values():
             ledger.check()
+        self.placement.sleep_memory.check()
         assert not self._waiting.keys() & self._admitted.keys()
         assert len(self._waiting) == sum(len(model.queue) for model in self.models.values())
         for model in self.models.values():

@@ -47,7 +47,8 @@ class UnloadAsked(msgspec.Struct, frozen=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True):
-    """The engine answered a real request; `adopted` when it outlived an earlier proxy."""
+    """The engine answered a real request, or says that it is awake again; `adopted` when it outlived an earlier proxy.
+    `device` is the first of those it runs on, `partners` the others."""
 
     engine_id: str
     model: str
@@ -55,19 +56,39 @@ class EngineReady(msgspec.Struct, frozen=True):
     load_seconds: float
     adopted: bool = False
     revision: str = ""
+    partners: tuple[str, ...] = ()
 
 
 class EngineFailed(msgspec.Struct, frozen=True):
-    """The engine did not start, or died; its processes are gone when this is sent."""
+    """The engine did not start, or died; its processes are gone when this is sent. `out_of_memory`: for want of it."""
 
     engine_id: str
     reason: str
+    out_of_memory: bool = False
 
 
 class EngineStopped(msgspec.Struct, frozen=True):
     """A stop that we asked for is complete: no process of the engine is left."""
 
     engine_id: str
+
+
+class Asleep(msgspec.Struct, frozen=True):
+    """The engine says that it sleeps, which its device has yet to confirm; `error` when it could not be put to
+    sleep."""
+
+    engine_id: str
+    error: str = ""
+
+
+class ProbeAnswered(msgspec.Struct, frozen=True):
+    """What an idle engine answered to the fixed probe: its most likely token and the logarithm of that one's
+    probability. `error` when it gave no such answer, or did not even wake."""
+
+    engine_id: str
+    token: str = ""
+    logprob: float = 0.0
+    error: str = ""
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -109,6 +130,8 @@ Event = (
     | EngineReady
     | EngineFailed
     | EngineStopped
+    | Asleep
+    | ProbeAnswered
     | LoadProgress
     | MemoryMeasured
     | ConfigChanged

@@ -1,27 +1,28 @@
-"""Who holds how much of a device: promised, measured, foreign.
+"""Who holds how much of a device: promised, measured, foreign; and of host memory, for engines that sleep.
 
 What an engine holds counts as the larger of what was predicted and what was last measured: a promise is kept until the
 engine is gone, and an engine that outgrew its prediction is believed. Foreign memory is a floor that moves; it never
 makes an engine of ours illegal, it only leaves less to promise.
 
-All figures are bytes. Every operation is O(1) except `__repr__`.
+All figures are bytes. Every operation is O(1) except `__repr__` and `unexplained`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from scheduler.model import DeviceSpec
 
 
 class Holding:
-    """One engine's share of a device."""
+    """One engine's share of a device. `peak` is the most that was measured."""
 
-    __slots__ = ("measured", "predicted")
+    __slots__ = ("measured", "peak", "predicted")
 
     def __init__(self, predicted: int) -> None:
         self.predicted = predicted
         self.measured: int | None = None
+        self.peak = 0
 
     @property
     def held(self) -> int:
@@ -66,6 +67,15 @@ class DeviceLedger:
         if starting:
             self.starting = engine_id
 
+    def resize(self, engine_id: str, predicted: int, *, starting: bool = False) -> None:
+        """Another prediction for an engine that is here: less while it sleeps, all of it again when it wakes."""
+        holding = self._holdings[engine_id]
+        self.held -= holding.held
+        holding.predicted = predicted
+        self.held += holding.held
+        if starting:
+            self.starting = engine_id
+
     def started(self, engine_id: str) -> None:
         """The start lease is over: the next engine may start."""
         if self.starting == engine_id:
@@ -82,6 +92,10 @@ class DeviceLedger:
         """What the engine holds, or None."""
         return self._holdings.get(engine_id)
 
+    def holdings(self) -> Iterator[tuple[str, Holding]]:
+        """Every engine on the device and what it holds."""
+        return iter(self._holdings.items())
+
     def measured(self, used: int, foreign: int, overhead: int, engines: Mapping[str, int]) -> None:
         """A reading of the device. Engines that the reading does not know keep their last figure."""
         self.used, self.foreign, self.overhead = used, foreign, overhead
@@ -90,9 +104,58 @@ class DeviceLedger:
             if holding is not None:
                 self.held -= holding.held
                 holding.measured = size
+                holding.peak = max(holding.peak, size)
                 self.held += holding.held
+
+    def unexplained(self, foreign: int, leaving: Collection[str]) -> int:
+        """Bytes in use that neither `foreign` nor any engine accounts for, when those in `leaving` hold nothing.
+        O(engines of the device)."""
+        ours = sum(
+            holding.predicted if holding.measured is None else holding.measured
+            for engine_id, holding in self._holdings.items()
+            if engine_id not in leaving
+        )
+        return max(0, (self.used or 0) - self.overhead - foreign - ours)
 
     def check(self) -> None:
         """What always holds; for tests."""
         assert self.held == sum(holding.held for holding in self._holdings.values())
         assert self.starting is None or self.starting in self._holdings
+
+
+class SleepMemory:
+    """Host memory for engines that sleep: held == sum of what was taken <= budget. A budget of 0 is no sleep at all.
+
+    An engine keeps its share until it has gone, awake again or not: pinned memory that held the weights is not given
+    back by a wake (vllm-project/vllm#16663), and an engine that slept once is likely to sleep again.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget = budget_bytes
+        self.held = 0
+        self._shares: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<SleepMemory {self.held} of {self.budget} for {len(self._shares)} engines>"
+
+    def take(self, engine_id: str, size: int) -> bool:
+        """Room for one engine; False, and nothing taken, when there is none."""
+        if engine_id in self._shares:
+            return True
+        if self.held + size > self.budget:
+            return False
+        self._shares[engine_id] = size
+        self.held += size
+        return True
+
+    def share(self, engine_id: str) -> int:
+        """What is kept for this engine."""
+        return self._shares.get(engine_id, 0)
+
+    def release(self, engine_id: str) -> None:
+        """The engine is gone. Idempotent."""
+        self.held -= self._shares.pop(engine_id, 0)
+
+    def check(self) -> None:
+        """What always holds unless the budget was lowered since; for tests."""
+        assert self.held == sum(self._shares.values())

@@ -24,6 +24,9 @@ class Residency(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    SUSPENDING = "suspending"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     STOPPING = "stopping"
     FAILED = "failed"
 
@@ -48,6 +51,8 @@ class StopCause(StrEnum):
     IDLE = "idle"
     OPERATOR = "operator"
     CONFIGURATION = "configuration"
+    LEAKED = "leaked"
+    CORRUPT = "corrupt"
 
 
 class Ticket(msgspec.Struct, frozen=True):
@@ -71,6 +76,10 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     `device` is a kind (nvidia, host, simulated) or the name of one device. `revision` names everything that an engine
     was started with: one that runs under another revision is drained and replaced.
+
+    `memory_bytes` is on each of its `devices_needed` devices (tensor parallel); `stated` when it is an operator's
+    promise rather than an estimate. `sleep_keeps_bytes` is what stays on each device while the engine sleeps, None for
+    one that cannot; `sleep_host_bytes` what it then takes of host memory.
     """
 
     name: str
@@ -83,15 +92,24 @@ class ModelSpec(msgspec.Struct, frozen=True):
     max_queue: int = 1000
     load_estimate_s: float = 30.0
     revision: str = ""
+    stated: bool = False
+    devices_needed: int = 1
+    sleep_keeps_bytes: int | None = None
+    sleep_host_bytes: int = 0
 
 
 class DeviceSpec(msgspec.Struct, frozen=True):
-    """A device at start: what the ledger may promise is capacity less reserve less foreign use."""
+    """A device at start: what the ledger may promise is capacity less reserve less foreign use.
+
+    `frees_late`: memory may stay in use after the last process that held it has gone (GPUs; the kernel frees host
+    memory before it says that a process has gone). There an engine counts as gone when the reading says so.
+    """
 
     name: str
     kind: str
     capacity_bytes: int
     reserve_bytes: int = 0
+    frees_late: bool = False
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True):
@@ -100,6 +118,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     `patience_s` by latency class: a wait until the lease that still counts as on time. It is the unit of urgency, not a
     reason to refuse, and longer than the class's target, because a cold model can meet no target for the first token.
     A ticket that has waited `overdue_after` times its patience goes before everything else.
+
+    `fall_limit_s`: how long after a stop or a sleep a device's reading may take to fall. `sleep_memory_bytes` is host
+    memory for engines that sleep; 0: none does.
     """
 
     pressure_threshold: float = 0.95
@@ -109,3 +130,5 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     backoff_limit_s: float = 300.0
     patience_s: tuple[float, float, float, float, float] = (2.0, 5.0, 10.0, 30.0, 120.0)
     overdue_after: float = 40.0
+    fall_limit_s: float = 5.0
+    sleep_memory_bytes: int = 0

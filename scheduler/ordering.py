@@ -24,11 +24,11 @@ class Scene:
     `wanted` are cold models that somebody waits for and that may run here; `residents` are ready or draining engines
     that may be given up; `free` counts what is on its way out; the next load can begin at `link_free_s`, not before.
     `planned` is the model of the last plan; arrivals have been counted for `watched_s`; `patience_s` is that of the
-    standard class.
+    standard class. Residents and candidates include those of the partner devices that a wanted model needs as well.
     """
 
-    __slots__ = ("_eviction", "candidates", "device", "free", "link_free_s", "now", "patience_s", "planned", "residents",
-                 "wanted", "watched_s")  # fmt: skip
+    __slots__ = ("_eviction", "_here", "_partners", "candidates", "device", "free", "link_free_s", "now", "patience_s",
+                 "planned", "residents", "wanted", "watched_s")  # fmt: skip
 
     def __init__(
         self,
@@ -54,14 +54,43 @@ class Scene:
         self.patience_s = patience_s
         self._eviction = eviction
         self.residents = {model.spec.name: model for model, _ in residents}
-        self.candidates = [_candidate(model, held, now, watched_s) for model, held in residents]
+        self._here = self.candidates = [_candidate(model, held, now, watched_s) for model, held in residents]
+        self._partners: dict[str, Sequence[Scene]] = {}
 
     def room_for(self, model: ModelState, but: frozenset[str] = frozenset()) -> list[Candidate] | None:
-        """The victims whose end makes room; [] when none is needed, None when all of them (less `but`) are not enough."""
-        missing = model.spec.memory_bytes - self.free
+        """The victims whose end makes room; [] when none is needed, None when all of them, less `but`, are too few."""
+        partners = self._partners.get(model.spec.name)
+        if partners is None:
+            return self._room_here(model, but)
+        victims: list[Candidate] = []
+        for scene in (self, *partners):
+            more = scene._room_here(model, but, victims)
+            if more is None:
+                return None
+            victims += more
+        return victims
+
+    def spans(self, model: ModelState, partners: Sequence[Scene]) -> None:
+        """The model needs these devices besides this one: its room is made on all of them or on none."""
+        self._partners[model.spec.name] = partners
+        for scene in partners:
+            self.candidates = self.candidates + [each for each in scene._here if each.model not in self.residents]
+            self.residents |= scene.residents
+
+    def _room_here(
+        self, model: ModelState, but: frozenset[str], chosen: Sequence[Candidate] = ()
+    ) -> list[Candidate] | None:
+        """Victims on this device besides those chosen on another, which may be here too."""
+        missing = model.need_bytes - self.free
+        if chosen:
+            gone = {each.model for each in chosen}
+            missing -= sum(each.held_bytes for each in self._here if each.model in gone)
+            but |= gone
         if missing <= 0:
             return []
-        allowed = [each for each in self.candidates if each.model not in but] if but else self.candidates
+        if model.state is Residency.ASLEEP:
+            but |= {model.spec.name}
+        allowed = [each for each in self._here if each.model not in but] if but else self._here
         return self._eviction.victims(allowed, missing, self.now)
 
     def drained_at(self, victims: Iterable[Candidate]) -> float:

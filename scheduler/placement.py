@@ -1,29 +1,40 @@
 """What should be resident, and where: loads, victims, drains, and the memory that they promise and free.
 
 `plan` asks the ordering policy for one choice per device and follows it as far as it can: victims drain, stop when all
-of them are idle, and the model is loaded when they are gone. Until then the choice may be revised at every event, and a
-victim that is no longer needed serves on. One start per device at a time, and no engine is stopped for room on a device
-while one is under way.
+of them are idle (or sleep, where they can), and the model is loaded, or woken, when they are gone. Until then the
+choice may be revised at every event, and a victim that is no longer needed serves on. One start per device at a time,
+and no engine leaves a device while one is under way.
+
+An engine that needs several devices takes all of them at once or none: it waits for nothing while it holds something,
+so two can never wait for each other. Which devices is fixed: the neighbours 0 to n-1, n to 2n-1, ..., so that groups do
+not overlap; the first of them chooses for all, before the others choose for themselves.
 
 Knows nothing of tickets. Cost: `plan` is O(models log models); everything else O(models) at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import inf
 
-from scheduler.commands import Command, Load, Stop
+from scheduler.commands import Command, Load, Sleep, Stop, Wake
+from scheduler.departures import Departures
 from scheduler.eviction.base import Eviction
 from scheduler.fairness import Fairness
+from scheduler.footprints import MUCH, Footprints
 from scheduler.forecast import LEAST_WATCHED_S, drain_s
-from scheduler.ledger import DeviceLedger
-from scheduler.model import DeviceSpec, ModelSpec, Residency, StopCause
+from scheduler.ledger import DeviceLedger, SleepMemory
+from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Residency, SchedulerSettings, StopCause
 from scheduler.ordering import Choice, Ordering, Scene
 from scheduler.state import EngineState, ModelState
+from scheduler.timers import Timers
 
+DRAIN_AHEAD = 1.0  # of its expected length, how long before the end of the load under way a drain begins
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
 FIRM = (StopCause.OPERATOR, StopCause.CONFIGURATION)  # not taken back when somebody wants the model after all
+SLEEPS = (StopCause.EVICTED, StopCause.PRESSURE)  # an engine given up for these may come back
+LEARNED_MARGIN = 1.05  # measured figures are moments, and an engine may take a little more between two
+RAN_OUT = 1.25  # a start that ran out of memory is booked with so much more than it was promised
 
 
 class Placement:
@@ -40,6 +51,9 @@ class Placement:
         eviction: Eviction,
         engines_before: int,
         fairness: Fairness | None = None,
+        *,
+        timers: Timers | None = None,
+        footprints: Footprints | None = None,
     ) -> None:
         self.devices = {spec.name: DeviceLedger(spec) for spec in devices}
         self.models = {spec.name: ModelState(spec, fairness) for spec in models}
@@ -56,6 +70,29 @@ class Placement:
         self._planned: dict[str, str] = {}  # by device: the model that the last plan wants next
         self._made_room_for: dict[str, str] = {}  # by device: the model for which victims have been stopped
         self._engine_count = engines_before
+        self.departures = Departures(self.devices, timers or Timers(), limit_s=5.0)
+        self.sleep_memory = SleepMemory(0)
+        self.footprints = footprints or Footprints()
+        for model in self.models.values():
+            self.book(model)
+
+    def configure(self, settings: SchedulerSettings) -> None:
+        """Settings that hold from now on."""
+        self.patience_s = settings.patience_s[LatencyClass.STANDARD]
+        self.departures.limit_s = settings.fall_limit_s
+        self.sleep_memory.budget = settings.sleep_memory_bytes
+
+    def leaving(self, device: str) -> list[ModelState]:
+        """Models whose engines are asked to give memory of this device back."""
+        return [
+            model
+            for engine_id, model in self._by_engine.items()
+            if engine_id in self.departures and model.engine is not None and device in model.engine.devices
+        ]
+
+    def frees_late(self, engine: EngineState) -> bool:
+        """Whether its memory may outlast its processes."""
+        return any(ledger.spec.frees_late for ledger in self._books(engine))
 
     def by_engine(self, engine_id: str) -> ModelState | None:
         """The model that this living engine serves."""
@@ -70,26 +107,69 @@ class Placement:
         self.again_at = inf
         out: list[Command] = []
         revived: list[ModelState] = []
-        cold = [model for model in self.models.values() if model.state is Residency.COLD and model.wanted]
+        cold = [m for m in self.models.values() if m.state in (Residency.COLD, Residency.ASLEEP) and m.wanted]
         self.wanted = len(cold)
+        taken: set[str] = set()
+        kept: set[str] = set()
         # a device where a load can begin now chooses before one that is still busy with its last
-        for ledger in sorted(self.devices.values(), key=lambda each: (each.starting is not None, -each.free)):
-            choice = self._choose(ledger, cold, now)
-            revived += self._spare(ledger, choice)
+        for ledger in self._in_turn(cold):
+            if ledger.spec.name in taken:
+                continue
+            here = [model for model in cold if self._begins_at(ledger, model, taken)]
+            choice = self._choose(ledger, here, now)
             if choice is not None:
                 cold.remove(choice.model)
-                out += self._follow(ledger, choice, now)
+                group = self._group(ledger, choice.model)
+                taken |= {each.spec.name for each in group}
+                kept |= {victim.model for victim in choice.victims}
+                out += self._follow(group, choice, now)
             elif cold and ledger.starting is None:
                 self.again_at = min(self.again_at, now + HELD_S)
-        return out + self._replace_outdated(), revived
+        revived += self._spare(kept)
+        return out + self._replace_outdated() + self._sweep(), revived
 
-    def _choose(self, ledger: DeviceLedger, cold: Sequence[ModelState], now: float) -> Choice | None:
+    def _in_turn(self, cold: Sequence[ModelState]) -> list[DeviceLedger]:
+        first = {
+            ledger.spec.name
+            for model in cold
+            if model.spec.devices_needed > 1
+            for ledger in self.devices.values()
+            if self._begins_at(ledger, model)
+        }
+        return sorted(
+            self.devices.values(),
+            key=lambda each: (each.spec.name not in first, each.starting is not None, -each.free),
+        )
+
+    def _begins_at(self, ledger: DeviceLedger, model: ModelState, taken: Collection[str] = ()) -> bool:
+        """Whether a load or a wake of this model is this device's to choose."""
+        if model.engine is None and model.spec.devices_needed == 1:
+            return model.spec.device in (ledger.spec.name, ledger.spec.kind)
+        group = self._group(ledger, model)
+        return bool(group) and not any(each.spec.name in taken for each in group)
+
+    def _group(self, ledger: DeviceLedger, model: ModelState) -> list[DeviceLedger]:
+        """The devices of the model's engine that has this one as its first; [] when there is none."""
+        if model.engine is not None:
+            return self._books(model.engine) if model.engine.device == ledger.spec.name else []
+        return next((group for group in self._groups(model.spec) if group[0] is ledger), [])
+
+    def _groups(self, spec: ModelSpec) -> list[list[DeviceLedger]]:
+        devices, n = list(self._devices_of(spec)), spec.devices_needed
+        return [devices[i : i + n] for i in range(0, len(devices) - n + 1, n)]
+
+    def _books(self, engine: EngineState) -> list[DeviceLedger]:
+        return [self.devices[name] for name in engine.devices]
+
+    def _choose(self, ledger: DeviceLedger, wanted: Sequence[ModelState], now: float) -> Choice | None:
         name = ledger.spec.name
-        wanted = [model for model in cold if model.spec.device in (name, ledger.spec.kind)]
         planned = self._planned.pop(name, None)
         if not wanted:
             return None
         scene = self._scene(ledger, wanted, planned, now)
+        for model in wanted:
+            if partners := self._group(ledger, model)[1:]:
+                scene.spans(model, [self._scene(each, (), None, now) for each in partners])
         asked = min((m for m in wanted if m.wanted_order is not None), key=lambda m: m.wanted_order or 0, default=None)
         if asked is not None and (victims := scene.room_for(asked)) is not None:
             choice: Choice | None = Choice(asked, victims, "an operator asked for it")
@@ -115,14 +195,16 @@ class Placement:
         link_free_s = now
         for model in self._by_engine.values():
             engine = model.engine
-            if engine is None or engine.device != ledger.spec.name:
+            if engine is None or ledger.spec.name not in engine.devices:
                 continue
-            if model.state is Residency.LOADING:
+            if model.state in (Residency.LOADING, Residency.WAKING):
                 link_free_s = now + model.expected_load_s(now)
             elif model.state is Residency.STOPPING or (
                 model.state is Residency.DRAINING and model.stop_cause is not StopCause.EVICTED
             ):
                 free += self._held(ledger, engine)
+            elif model.state is Residency.SUSPENDING:
+                free += self._held(ledger, engine) - (model.spec.sleep_keeps_bytes or 0)
             elif not model.spec.pinned:
                 residents.append((model, self._held(ledger, engine)))
         watched_s = max(LEAST_WATCHED_S, now - (self._watched_since or now))
@@ -144,16 +226,13 @@ class Placement:
         holding = ledger.holding(engine.id)
         return holding.held if holding is not None else 0
 
-    def _spare(self, ledger: DeviceLedger, choice: Choice | None) -> list[ModelState]:
+    def _spare(self, kept: Collection[str]) -> list[ModelState]:
         """Victims of an earlier plan that this one does not need serve on."""
-        kept = {victim.model for victim in choice.victims} if choice is not None else set()
         spared = [
             model
             for model in self._by_engine.values()
             if model.state is Residency.DRAINING
             and model.stop_cause is StopCause.EVICTED
-            and model.engine is not None
-            and model.engine.device == ledger.spec.name
             and model.spec.name not in kept
         ]
         for model in spared:
@@ -161,25 +240,32 @@ class Placement:
             model.note = ""
         return spared
 
-    def _follow(self, ledger: DeviceLedger, choice: Choice, now: float) -> list[Command]:
+    def _follow(self, group: Sequence[DeviceLedger], choice: Choice, now: float) -> list[Command]:
         """Begin what can begin: drain victims in time, stop them when all are idle, load when they are gone."""
-        wanted = choice.model
+        wanted, ledger = choice.model, group[0]
         victims = [self.models[victim.model] for victim in choice.victims]
-        reason = f"evicted for {wanted.spec.name}, which needs {_size(wanted.spec.memory_bytes)}: {choice.why}"
+        reason = f"evicted for {wanted.spec.name}, which needs {_size(wanted.need_bytes)}: {choice.why}"
         for victim in victims:
             self._drain(victim, ledger, reason, now)
-        if ledger.starting is not None or any(victim.in_flight for victim in victims):
+        starting = any(each.starting is not None for each in group) or any(self.start_beside(each) for each in victims)
+        if starting or any(victim.in_flight for victim in victims):
             return []  # one start at a time, no neighbour leaves while it measures the device, nobody is cut off
         out: list[Command] = []
         if victims:
             self._made_room_for[ledger.spec.name] = wanted.spec.name
         for victim, candidate in zip(victims, choice.victims, strict=True):
             self.eviction.evicted(candidate)
-            out += self.stop(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
-        if not victims and ledger.free >= wanted.spec.memory_bytes:
+            out += self._leave(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
+        if not victims and all(each.free >= wanted.need_bytes for each in group):
             self._made_room_for.pop(ledger.spec.name, None)
-            out.append(self._load(wanted, ledger, now))
+            out.append(self._load(wanted, group, now) if wanted.engine is None else self._wake(wanted, now))
         return out
+
+    def start_beside(self, model: ModelState) -> bool:
+        """Whether a neighbour is in its start on one of the engine's devices: it would measure this one's leaving as
+        its own memory (vllm-project/vllm#56830)."""
+        engine = model.engine
+        return engine is not None and any(each.starting not in (None, engine.id) for each in self._books(engine))
 
     def _drain(self, victim: ModelState, ledger: DeviceLedger, reason: str, now: float) -> None:
         """Let a busy victim admit nobody more, once its drain would otherwise outlast the load under way."""
@@ -187,7 +273,7 @@ class Placement:
             return
         if ledger.starting is not None:
             starting = self._by_engine[ledger.starting]
-            drain = drain_s(victim.in_flight, victim.demand.mean_service_s())
+            drain = DRAIN_AHEAD * drain_s(victim.in_flight, victim.demand.mean_service_s())
             begin = now + starting.expected_load_s(now) - drain
             if not self.ordering.just_in_time:
                 return
@@ -197,17 +283,27 @@ class Placement:
         victim.move(Residency.DRAINING)
         victim.stop_cause, victim.note = StopCause.EVICTED, reason
 
-    def _load(self, model: ModelState, ledger: DeviceLedger, now: float) -> Load:
+    def _load(self, model: ModelState, group: Sequence[DeviceLedger], now: float) -> Load:
+        ledger, partners = group[0], tuple(each.spec.name for each in group[1:])
         self._engine_count += 1
         engine_id = f"{model.spec.name}#{self._engine_count}"
         free = _size(ledger.free)
-        self._attach(model, EngineState(engine_id, ledger.spec.name, model.spec), starting=True)
+        self._attach(model, EngineState(engine_id, ledger.spec.name, model.spec, partners), starting=True)
         model.cause = model.longest_waiting() if model.wanted_order is None else None
         model.move(Residency.LOADING)
         model.load_started_s, model.progress, model.note = now, 0.0, "starting"
-        asked = "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"
-        reason = f"{asked}; needs {_size(model.spec.memory_bytes)} of {free} free"
-        return Load(engine_id, model.spec.name, ledger.spec.name, reason)
+        reason = f"{_asked(model)}; needs {_size(model.booked_bytes)} of {free} free"
+        return Load(engine_id, model.spec.name, ledger.spec.name, reason, partners)
+
+    def _wake(self, model: ModelState, now: float) -> Wake:
+        engine = model.engine
+        assert engine is not None
+        for ledger in self._books(engine):
+            ledger.resize(engine.id, model.booked_bytes, starting=True)
+        model.cause = model.longest_waiting() if model.wanted_order is None else None
+        model.move(Residency.WAKING)
+        model.load_started_s, model.progress, model.note = now, 0.0, "waking"
+        return Wake(engine.id, f"{_asked(model)}; it sleeps, and its memory is free")
 
     def give_up(self, model: ModelState, cause: StopCause, why: str) -> list[Command]:
         """Drain a ready model, or stop it at once when it is idle. Operators and reloads also break off a start, and
@@ -215,24 +311,102 @@ class Placement:
         engine = model.engine
         if engine is None or model.state is Residency.STOPPING:
             return []
-        if (model.state is Residency.READY and engine.in_flight) or (
-            model.state is Residency.DRAINING and cause in FIRM
-        ):
-            if model.state is Residency.READY:
-                model.move(Residency.DRAINING)
+        if model.state is Residency.DRAINING:
+            if cause in FIRM:
+                model.stop_cause, model.note = cause, why
+            return []
+        if model.state in (Residency.LOADING, Residency.SUSPENDING, Residency.WAKING):
+            return self.stop(model, cause, why) if cause in FIRM else []
+        if engine.in_flight or self.start_beside(model):
+            model.move(Residency.DRAINING)
             model.stop_cause, model.note = cause, why
             return []
-        if model.state is Residency.READY or (model.state is Residency.LOADING and cause in FIRM):
-            return self.stop(model, cause, why)
-        return []
+        return self._leave(model, cause, why)
 
-    def stop(self, model: ModelState, cause: StopCause, why: str) -> list[Command]:
+    def _sweep(self) -> list[Command]:
+        """Engines that were to go, are idle, and need wait for no neighbour's start any more."""
+        out: list[Command] = []
+        for model in list(self._by_engine.values()):
+            if model.state is Residency.DRAINING and model.stop_cause is not StopCause.EVICTED:
+                out += self.drained(model)
+        return out
+
+    def drained(self, model: ModelState) -> list[Command]:
+        """A draining engine may be idle now, and then it goes."""
+        if model.in_flight or self.start_beside(model):
+            return []
+        return self._leave(model, model.stop_cause, model.note)
+
+    def _leave(self, model: ModelState, cause: StopCause, why: str) -> list[Command]:
+        """An idle engine gives its memory back: asleep where it can come back from that, else for good."""
+        engine = model.engine
+        assert engine is not None
+        if cause not in SLEEPS or not self._can_sleep(model, engine):
+            return self.stop(model, cause, why)
+        if not self.sleep_memory.take(engine.id, model.spec.sleep_host_bytes):
+            return self.stop(model, cause, why) + self._room_to_sleep(model)
+        self.departures.begin(engine, keeps=model.spec.sleep_keeps_bytes)
+        model.move(Residency.SUSPENDING)
+        model.note = why
+        return [Sleep(engine.id, cause, why)]
+
+    @staticmethod
+    def _can_sleep(model: ModelState, engine: EngineState) -> bool:
+        return (
+            model.state in (Residency.READY, Residency.DRAINING)
+            and model.spec.sleep_keeps_bytes is not None
+            and engine.says is not None
+            and engine.revision == model.spec.revision
+            and not model.sleepless
+            and not model.removed
+        )
+
+    def _room_to_sleep(self, model: ModelState) -> list[Command]:
+        """Host memory for the next time: the sleepers that nobody has used for longest go, if that is long enough. Not
+        for this time: their memory is not there until they have gone, and this one's is wanted now."""
+        missing = self.sleep_memory.held + model.spec.sleep_host_bytes - self.sleep_memory.budget
+        older = [
+            other
+            for other in self._by_engine.values()
+            if other.state is Residency.ASLEEP
+            and not other.wanted
+            and other.last_used_s < model.last_used_s
+            and not self.start_beside(other)
+        ]
+        out: list[Command] = []
+        for sleeper in sorted(older, key=lambda each: each.last_used_s):
+            if missing <= 0:
+                break
+            missing -= self.sleep_memory.share(sleeper.engine.id) if sleeper.engine is not None else 0
+            out += self.stop(sleeper, StopCause.EVICTED, f"its host memory is wanted by {model.spec.name}")
+        return out
+
+    def may_sleep(self, model: ModelState) -> bool:
+        """Whether its engine may be put to sleep one day, and must be asked now what it says awake."""
+        return model.spec.sleep_keeps_bytes is not None and self.sleep_memory.budget > 0
+
+    def asleep(self, model: ModelState) -> None:
+        """The readings confirm that it sleeps."""
+        engine = model.engine
+        assert engine is not None
+        for ledger in self._books(engine):
+            ledger.resize(engine.id, model.spec.sleep_keeps_bytes or 0)
+        model.move(Residency.ASLEEP)
+
+    def stop(self, model: ModelState, cause: StopCause, why: str, *, force: bool = False) -> list[Command]:
         """End the model's engine: nothing is in flight there, or nobody may wait for that."""
-        assert model.engine is not None
-        self.devices[model.engine.device].started(model.engine.id)
+        engine = model.engine
+        assert engine is not None
+        self.start_over(engine)
+        self.departures.begin(engine)
         model.move(Residency.STOPPING)
         model.note = why
-        return [Stop(model.engine.id, cause, why)]
+        return [Stop(engine.id, cause, why, force)]
+
+    def start_over(self, engine: EngineState) -> None:
+        """The engine's start, or its wake, is over, one way or the other."""
+        for ledger in self._books(engine):
+            ledger.started(engine.id)
 
     def relieve_pressure(self, threshold: float) -> list[Command]:
         """Evict idle models, oldest first, while a device is fuller than `threshold` of its capacity, before anyone
@@ -255,14 +429,14 @@ class Placement:
         return [
             model
             for model in self.models.values()
-            if model.idle and not model.spec.pinned and model.engine is not None and model.engine.device == device
+            if model.idle and not model.spec.pinned and model.engine is not None and device in model.engine.devices
         ]
 
     def _leaving(self, ledger: DeviceLedger) -> int:
         """Bytes of engines that are on their way out of the device."""
         total = 0
         for model in self.models.values():
-            if model.state is Residency.STOPPING and model.engine is not None:
+            if model.state in (Residency.STOPPING, Residency.SUSPENDING) and model.engine is not None:
                 holding = ledger.holding(model.engine.id)
                 total += holding.held if holding is not None else 0
         return total
@@ -271,23 +445,26 @@ class Placement:
         out: list[Command] = []
         for model in self.models.values():
             if (
-                model.state is Residency.READY
+                model.state in (Residency.READY, Residency.ASLEEP)
                 and model.engine is not None
-                and model.engine.revision != model.spec.revision
+                and (model.engine.revision != model.spec.revision or model.removed)
             ):
                 out += self.give_up(model, StopCause.CONFIGURATION, "its configuration has changed")
         return out
 
     # ---------------------------------------------------------------- engines
 
-    def adopt(self, model: ModelState, engine_id: str, device: str, revision: str) -> None:
+    def adopt(
+        self, model: ModelState, engine_id: str, device: str, revision: str, partners: Sequence[str] = ()
+    ) -> None:
         """Book an engine that outlived an earlier proxy."""
-        engine = EngineState(engine_id, device, model.spec)
+        engine = EngineState(engine_id, device, model.spec, partners)
         engine.revision = revision
         self._attach(model, engine, starting=False)
 
     def _attach(self, model: ModelState, engine: EngineState, *, starting: bool) -> None:
-        self.devices[engine.device].promise(engine.id, model.spec.memory_bytes, starting=starting)
+        for ledger in self._books(engine):
+            ledger.promise(engine.id, model.booked_bytes, starting=starting)
         self._by_engine[engine.id] = model
         model.engine = engine
 
@@ -295,12 +472,77 @@ class Placement:
         """The engine is gone, and its memory with it."""
         engine = model.engine
         assert engine is not None
-        self.devices[engine.device].release(engine.id)
+        self.learn(model)
+        for ledger in self._books(engine):
+            ledger.release(engine.id)
+        self.departures.forget(engine.id)
+        self.sleep_memory.release(engine.id)
         del self._by_engine[engine.id]
         model.engine = None
         model.progress, model.note = 0.0, ""
 
+    # -------------------------------------------------------------- footprints
+
+    def learn(self, model: ModelState) -> None:
+        """What the engine has been seen with counts for the next start; nothing before its first reading."""
+        engine = model.engine
+        if engine is None or not engine.was_ready or engine.revision != model.spec.revision:
+            return
+        holdings = [ledger.holding(engine.id) for ledger in self._books(engine)]
+        peak = max((holding.peak for holding in holdings if holding is not None), default=0)
+        if peak:
+            self.footprints.note(_what(model.spec), self.devices[engine.device].spec.kind, engine.id, peak)
+            self.book(model)
+
+    def ran_out(self, model: ModelState) -> None:
+        """The engine found less memory than it needs, whatever it was promised."""
+        engine = model.engine
+        assert engine is not None
+        kind = self.devices[engine.device].spec.kind
+        self.footprints.note(_what(model.spec), kind, engine.id, int(RAN_OUT * model.booked_bytes))
+        self.book(model)
+
+    def book(self, model: ModelState) -> None:
+        """What the next start is promised: an operator's figure or what was learned, whichever is more; what was
+        learned in place of an estimate. Never more than there is: a learned figure must not make a model impossible
+        that ran."""
+        spec = model.spec
+        learned = self._learned(spec)
+        model.booked_bytes = spec.memory_bytes
+        if learned is None:
+            return
+        most = max((self._attainable_of(group, spec.name) for group in self._groups(spec)), default=0)
+        booked = min(int(LEARNED_MARGIN * learned), max(most, spec.memory_bytes))
+        model.booked_bytes = max(spec.memory_bytes, booked) if spec.stated else booked
+
+    def misjudged(self, model: ModelState) -> str:
+        """What to tell the operator when the stated figure is far from what was learned; "" otherwise."""
+        spec, learned = model.spec, self._learned(model.spec)
+        if not spec.stated or learned is None or abs(learned - spec.memory_bytes) <= MUCH * spec.memory_bytes:
+            return ""
+        return (
+            f"memory_bytes is {_size(spec.memory_bytes)}, and nine in ten of its starts took at most {_size(learned)}: "
+            f"{'more is kept for it' if learned < spec.memory_bytes else 'it is booked with that'}"
+        )
+
+    def _learned(self, spec: ModelSpec) -> int | None:
+        kinds = {ledger.spec.kind for ledger in self._devices_of(spec)}
+        return max((p for kind in kinds if (p := self.footprints.p90(_what(spec), kind)) is not None), default=None)
+
     # ---------------------------------------------------------------- answers
+
+    def begins_in_s(self, model: ModelState, now: float) -> tuple[bool, float]:
+        """Whether the model is the next to load somewhere, and in how many seconds that load should begin: after the
+        one under way, and, unless it is the next, after half of the others that are wanted. O(devices)."""
+        best = (False, inf)
+        for ledger in self._devices_of(model.spec):
+            starting = self._by_engine.get(ledger.starting or "")
+            link_s = 0.0 if starting is None else starting.expected_load_s(now)
+            planned = self._planned.get(ledger.spec.name) == model.spec.name
+            others = 0.0 if planned else 0.5 * max(0, self.wanted - 1) / len(self.devices)
+            begin = (planned, link_s + others * model.seconds_to_load)
+            best = min(best, begin, key=lambda each: each[1])
+        return best
 
     def never_fits(self, spec: ModelSpec) -> str | None:
         """Why the model can never be resident, or None. Pinned models' memory is not to be had; other engines' and
@@ -309,7 +551,11 @@ class Placement:
         devices = list(self._devices_of(spec))
         if not devices:
             return f"{spec.name} runs on {spec.device} memory, and there is no such device"
-        largest = max(devices, key=lambda ledger: self._attainable(ledger, spec.name))
+        groups = self._groups(spec)
+        if not groups:
+            return f"{spec.name} needs {spec.devices_needed} {spec.device} devices, and there are {len(devices)}"
+        group = max(groups, key=lambda each: self._attainable_of(each, spec.name))
+        largest = min(group, key=lambda ledger: self._attainable(ledger, spec.name))
         attainable = self._attainable(largest, spec.name)
         if spec.memory_bytes <= attainable:
             return None
@@ -319,6 +565,9 @@ class Placement:
             f"{spec.name} needs {_size(spec.memory_bytes)} and {largest.spec.name} can give at most "
             f"{_size(attainable)} ({_size(largest.spec.capacity_bytes)} in all{besides})"
         )
+
+    def _attainable_of(self, group: Sequence[DeviceLedger], name: str) -> int:
+        return min(self._attainable(ledger, name) for ledger in group)
 
     def _attainable(self, ledger: DeviceLedger, name: str) -> int:
         return ledger.limit - self._pinned_bytes(ledger, name)
@@ -338,6 +587,15 @@ class Placement:
 def _size(size: int) -> str:
     """Bytes for people: two significant figures are enough to act on."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _what(spec: ModelSpec) -> str:
+    """What a footprint is of."""
+    return f"{spec.name}@{spec.revision}"
+
+
+def _asked(model: ModelState) -> str:
+    return "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"
 
 
 def _use(model: ModelState, now: float) -> str:

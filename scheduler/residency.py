@@ -1,28 +1,64 @@
-"""The life of a model's engine, as a table. Whatever changes a state goes through `move`.
-
-```
-COLD ──> LOADING ──> READY <──> DRAINING ──> STOPPING ──> COLD
-  ^         │          │            │
-  │         v          └── crash ───┴──> COLD or FAILED
-  └────── FAILED (back-off, then COLD)
-```
+"""The life of a model's engine, as a table. Whatever changes a state goes through `move`; the diagram in
+docs/scheduler-memory.md is drawn from the table (`diagram`).
 
 DRAINING may go back to READY only while requests are still in flight and nobody needs its memory any more. Once
 STOPPING there is no way back: a victim that a new request could revive would block every later load for ever
-(ollama/ollama#17408).
+(ollama/ollama#17408). SUSPENDING has none either: an engine between two states of sleep cannot be trusted with a
+request.
 """
 
 from __future__ import annotations
 
 from scheduler.model import Residency
 
-TRANSITIONS: dict[Residency, frozenset[Residency]] = {
-    Residency.COLD: frozenset({Residency.LOADING, Residency.READY}),  # READY: adopted after a restart of the proxy
-    Residency.LOADING: frozenset({Residency.READY, Residency.FAILED, Residency.STOPPING}),
-    Residency.READY: frozenset({Residency.DRAINING, Residency.STOPPING, Residency.COLD, Residency.FAILED}),
-    Residency.DRAINING: frozenset({Residency.READY, Residency.STOPPING, Residency.COLD, Residency.FAILED}),
-    Residency.STOPPING: frozenset({Residency.COLD}),
-    Residency.FAILED: frozenset({Residency.COLD}),
+TRANSITIONS: dict[Residency, dict[Residency, str]] = {
+    Residency.COLD: {
+        Residency.LOADING: "room promised",
+        Residency.READY: "adopted after a restart of the proxy",
+    },
+    Residency.LOADING: {
+        Residency.READY: "answered a request",
+        Residency.FAILED: "did not start",
+        Residency.COLD: "out of memory once",
+        Residency.STOPPING: "broken off, or failed",
+    },
+    Residency.READY: {
+        Residency.DRAINING: "its memory is wanted",
+        Residency.SUSPENDING: "idle, and may sleep",
+        Residency.STOPPING: "idle, or died",
+        Residency.COLD: "died",
+        Residency.FAILED: "died too often",
+    },
+    Residency.DRAINING: {
+        Residency.READY: "not wanted after all",
+        Residency.SUSPENDING: "idle, and may sleep",
+        Residency.STOPPING: "idle, or died",
+        Residency.COLD: "died",
+        Residency.FAILED: "died too often",
+    },
+    Residency.SUSPENDING: {
+        Residency.ASLEEP: "memory seen to fall",
+        Residency.STOPPING: "memory kept, or died",
+        Residency.COLD: "died",
+        Residency.FAILED: "died too often",
+    },
+    Residency.ASLEEP: {
+        Residency.WAKING: "room promised",
+        Residency.STOPPING: "given up, or died",
+        Residency.COLD: "died",
+        Residency.FAILED: "died too often",
+    },
+    Residency.WAKING: {
+        Residency.READY: "says what it said before",
+        Residency.STOPPING: "says something else, or died",
+        Residency.COLD: "died",
+        Residency.FAILED: "died too often",
+    },
+    Residency.STOPPING: {
+        Residency.COLD: "memory seen to fall",
+        Residency.FAILED: "memory kept, or back-off is due",
+    },
+    Residency.FAILED: {Residency.COLD: "back-off is over"},
 }
 
 
@@ -35,3 +71,10 @@ def move(current: Residency, target: Residency) -> Residency:
     if target not in TRANSITIONS[current]:
         raise IllegalTransition(f"{current} -> {target}")
     return target
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2", "    [*] --> cold"]
+    lines += [f"    {one} --> {other}: {why}" for one, targets in TRANSITIONS.items() for other, why in targets.items()]
+    return "\n".join(lines)

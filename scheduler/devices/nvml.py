@@ -30,7 +30,7 @@ class NvmlDevice:
         self._uuid = _text(nvml.nvmlDeviceGetUUID(self._handle))
         self._total = int(nvml.nvmlDeviceGetMemoryInfo(self._handle).total)
         self._foreign = 0
-        self._spec = DeviceSpec(f"gpu{index}", "nvidia", self._total, reserve_bytes)
+        self._spec = DeviceSpec(f"gpu{index}", "nvidia", self._total, reserve_bytes, frees_late=True)
 
     @property
     def spec(self) -> DeviceSpec:

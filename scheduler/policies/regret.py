@@ -40,6 +40,7 @@ PLANNED = 1.0
 DRAIN_COST = 1.5  # a second of waiting for victims to drain, in seconds of load
 DRAIN_LOSS = 0.0
 LATE = 1.0
+LATE_STEEP = 1.3
 LEAST_SCALE = 1.0  # in multiples of the patience
 YARDSTICK_S = 1.0  # A is looked up so often
 
@@ -117,13 +118,14 @@ class Regret:
         ready = begin + model.seconds_to_load
         backlog = model.queue.backlog
         gain = backlog.on_time(ready) - REGRET * backlog.on_time(ready + LATER_S)
-        gain += LATE * backlog.weight(ready, scale)
+        late = LATE * backlog.weight(ready, scale)
         gain += AHEAD_S * model.demand.rate(scene.now, scene.watched_s)
         if model.spec.name == scene.planned:
             gain += PLANNED
         for victim in victims:
             gain -= worth[victim.model]
-        return float(gain / max(cost, 1e-3) ** STEEP)
+        cost = max(cost, 1e-3)
+        return float(gain / cost**STEEP + late / cost**LATE_STEEP)
 
     def _worth(self, victim: Candidate, scene: Scene) -> float:
         rate = scene.residents[victim.model].demand.rate(scene.now, scene.watched_s)
