@@ -78,7 +78,7 @@ def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) ->
         pinned=model.pinned,
         ttl_s=model.ttl_s if model.ttl_s is not None else config.defaults.ttl_s,
         max_queue=model.max_queue if model.max_queue is not None else config.defaults.max_queue,
-        revision=_revision(model, backend, device),
+        revision=_revision(deployment, device),
     )
     kind = _kind(model, backend, device, memory, cache, devices)
     return Local(spec, Launch(kind, backend.start_timeout_s, backend.stop_timeout_s))
@@ -145,11 +145,12 @@ def _kind(
     )
 
 
-def _revision(model: ModelConfig, backend: BackendConfig, device: str) -> str:
+def _revision(deployment: Deployment, device: str) -> str:
     """Changes exactly when an engine would have to be started differently; a new profile text does not restart it."""
+    model, backend = deployment.model, deployment.backend
     started_with = (
         model.id, model.path, model.upstream_model, model.task, model.command, model.args, model.env,
         model.kv_cache_bytes, model.max_sequences, model.max_context, model.simulated,
-        backend.kind, backend.python, backend.args, backend.env, device,
+        backend.kind, backend.python, backend.args, backend.env, device, deployment.ranks,
     )  # fmt: skip
     return sha256(msgspec.json.encode(started_with, order="deterministic")).hexdigest()[:16]

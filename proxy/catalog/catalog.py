@@ -36,6 +36,13 @@ class Deployment(msgspec.Struct, frozen=True):
         return self.backend.kind in LOCAL_KINDS
 
     @property
+    def ranks(self) -> bool:
+        """Whether its engine serves requests in the order of their `priority`. Arguments of one's own are believed."""
+        args = (*self.backend.args, *self.model.args)
+        own_policy = any(arg.startswith("--scheduling-policy") for arg in args)
+        return self.backend.kind == "vllm" and self.model.task == "generate" and not own_policy
+
+    @property
     def where(self) -> str:
         """The backend as response headers show it."""
         return f"{'local' if self.local else 'remote'}/{self.backend.name}"

@@ -27,6 +27,9 @@ ENDPOINTS: dict[str, Endpoint] = {
 # Where OpenAI's `stream_options` exists. Elsewhere usage is part of the stream anyway.
 WITH_STREAM_OPTIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
+# Where vLLM takes a `priority` of ours.
+WITH_PRIORITY = frozenset({"/v1/chat/completions", "/v1/completions"})
+
 
 def dialect_of(path: str) -> Dialect:
     """Whose envelope an error on this path wears, known paths or not."""

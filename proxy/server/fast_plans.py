@@ -98,7 +98,7 @@ class Plans:
             provider=state.providers[candidate.deployment.backend.name],
             upstream_path=endpoint.upstream_path,
             outcome=outcome,
-            changes=changes_for(call, candidate.deployment.model.upstream_model),
+            changes=changes_for(call, candidate.deployment),
             limits=self._limits,
             may_fail_over=candidate.local or len(decision.candidates) > 1,
         )

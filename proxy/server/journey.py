@@ -15,10 +15,11 @@ from typing import Protocol, Self
 import orjson
 from aiohttp import web
 
+from proxy.catalog.catalog import Deployment
 from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Call, Endpoint
 from proxy.dialects.decode import decode
-from proxy.dialects.endpoints import WITH_STREAM_OPTIONS
+from proxy.dialects.endpoints import WITH_PRIORITY, WITH_STREAM_OPTIONS
 from proxy.dialects.splice import splice
 from proxy.errors import CallError, InvalidRequest, NotFound, Unavailable, UpstreamFailed, UpstreamTimedOut
 from proxy.observe.outcome import Outcome
@@ -37,6 +38,8 @@ FIRST_COMMENT_S = 1.0
 COMMENT_EVERY_S = 3.0
 UNREACHABLE_RETRY_S = 1.0  # an engine that died is noticed and replaced by then; a remote's hiccup may be over
 FAILOVER_STATUSES = frozenset({429, 502, 503, 504})
+# vLLM serves lower numbers first. The default class has vLLM's default, so that its calls' bodies stay as they are.
+PRIORITIES = {each: each - LatencyClass.STANDARD for each in LatencyClass}
 CLASS_NAMES = {each: each.name.lower() for each in LatencyClass}
 FORWARDED = ("traceparent", "tracestate", "anthropic-version", "anthropic-beta", "openai-beta")
 
@@ -212,7 +215,7 @@ class Journey:
         provider = self._state.providers[deployment.backend.name]
         timeouts = self._state.config.timeouts
         self._watch.limit(timeouts.first_byte_s, first_byte_error(timeouts))
-        body = splice(call.body, changes_for(call, deployment.model.upstream_model), call.spans)
+        body = splice(call.body, changes_for(call, deployment), call.spans)
         asked_s = self._watch.now()
         try:
             async with provider.send(
@@ -262,18 +265,27 @@ def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, o
     )
 
 
-def changes_for(call: Call, upstream_model: str | None) -> dict[str, bytes]:
+def changes_for(call: Call, deployment: Deployment) -> dict[str, bytes]:
     """What is spliced into the body: top-level members and their new values, as JSON."""
     changes: dict[str, bytes] = {}
+    upstream_model = deployment.model.upstream_model
     if upstream_model is not None and upstream_model != call.model:
         changes["model"] = orjson.dumps(upstream_model)
     elif not call.names_model:
         changes["model"] = orjson.dumps(call.model)
     if call.stream and not call.wants_usage and call.endpoint.path in WITH_STREAM_OPTIONS:
         changes["stream_options"] = b'{"include_usage":true}'
-    if call.priority is not None and call.priority < 0:
-        changes["priority"] = b"0"  # vLLM serves lower numbers first: callers may step back, not push forward
+    priority = _priority(call, deployment)
+    if priority != (call.priority or 0):
+        changes["priority"] = b"%d" % priority
     return changes
+
+
+def _priority(call: Call, deployment: Deployment) -> int:
+    """The class's number where the engine knows what to do with it. Callers may step back from it, not push forward."""
+    ranked = deployment.ranks and call.endpoint.path in WITH_PRIORITY
+    first = PRIORITIES[call.latency_class] if ranked else 0
+    return first if call.priority is None else max(first, call.priority)
 
 
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:

@@ -84,6 +84,8 @@ class VllmKind:
         yield from ("--max-model-len", "auto" if self._max_context is None else str(self._max_context))
         if self._task == "embed":
             yield from ("--runner", "pooling", "--convert", "embed")
+        else:
+            yield from ("--scheduling-policy", "priority")  # a request's latency class counts inside the engine too
         if self._cpu:
             yield from ("--distributed-executor-backend", "uni", "--enforce-eager")
         else:

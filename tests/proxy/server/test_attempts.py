@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from proxy.config import BackendConfig
+from proxy.config import BackendConfig, ModelConfig
 from scheduler.model import LatencyClass, RefusalCode
 from tests.fakes import STREAM, USAGE_CHUNK, chunk, die, plain, stream
 from tests.proxy.server import test_streams
@@ -324,3 +324,48 @@ async def test_a_request_with_a_limit_weighs_it_and_one_without_is_open_ended(pr
     limited, open_ended, embedding = proxy.scheduler.tickets
     assert limited.weight_tokens - open_ended.weight_tokens in range(1000, 1010)
     assert [each.open_ended for each in (limited, open_ended, embedding)] == [False, True, False]
+
+
+def with_vllm(proxy: Proxy, **model: Any) -> None:
+    proxy.configure(
+        backends=(BackendConfig(name="engines", kind="vllm"),),
+        models=(ModelConfig(id="demo-chat", backend="engines", path="/models/demo", **model),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("latency_class", "own", "sent"),
+    [
+        ("instant", None, -2), ("standard", None, None), ("batch", None, 2),
+        ("batch", 0, 2), ("batch", 7, 7), ("standard", -3, 0), ("instant", -3, -2), ("instant", 0, 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_the_class_is_handed_on_to_vllm_and_a_caller_may_only_step_back_from_it(
+    proxy: Proxy, path: str, latency_class: str, own: int | None, sent: int | None
+) -> None:
+    with_vllm(proxy)
+    body = {"model": "demo-chat", "messages": [], "prompt": "Hi"} | ({} if own is None else {"priority": own})
+    await proxy.session.post(path, json=body, headers={"x-vramp-class": latency_class})
+    assert proxy.upstream.last_body.get("priority") == sent
+    assert {**proxy.upstream.last_body, "priority": own} == {**body, "priority": own}
+
+
+async def test_an_engine_with_a_policy_of_the_users_own_is_told_no_class(proxy: Proxy) -> None:
+    with_vllm(proxy, args=("--scheduling-policy=fcfs",))
+    await proxy.session.post(
+        "/v1/chat/completions", json={"model": "demo-chat", "messages": []}, headers={"x-vramp-class": "batch"}
+    )
+    assert "priority" not in proxy.upstream.last_body
+
+
+async def test_two_requests_of_different_classes_are_ordered_for_the_engine(proxy: Proxy) -> None:
+    with_vllm(proxy)
+    for latency_class in ("batch", "fast"):
+        await proxy.session.post(
+            "/v1/chat/completions",
+            json={"model": "demo-chat", "messages": []},
+            headers={"x-vramp-class": latency_class},
+        )
+    batch, fast = (json.loads(body) for _, _, body in proxy.upstream.requests)
+    assert fast["priority"] < 0 < batch["priority"]  # vLLM serves the lower one first; 0 is everybody else's

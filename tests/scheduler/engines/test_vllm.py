@@ -152,6 +152,11 @@ def test_on_a_gpu_the_start_asks_for_its_own_share_only() -> None:
 def test_embeddings_need_a_pooling_server() -> None:
     given = options(kind(task="embed"))
     assert (given["--runner"], given["--convert"]) == ("pooling", "embed")
+    assert "--scheduling-policy" not in given
+
+
+def test_an_engine_that_generates_heeds_the_priority_of_requests() -> None:
+    assert options(kind())["--scheduling-policy"] == "priority"
 
 
 def test_what_the_operator_sets_comes_last() -> None:

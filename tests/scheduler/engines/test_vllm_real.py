@@ -140,3 +140,36 @@ async def test_a_plain_start_tells_its_progress_answers_and_stops_when_asked(
     seen = [step.fraction for line in lines if (step := engine_kind.progress(line)) is not None]
     assert seen == sorted(seen)
     assert seen[-1] == 0.98
+
+
+async def test_of_two_requests_that_wait_in_an_engine_the_one_of_the_shorter_class_goes_first(
+    rig: LauncherRig, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    engine_kind = kind(max_sequences=1)
+    engine = fork(rig, engine_kind.spawn_spec(unused_tcp_port, {}), tmp_path / "log")
+    ended: list[int] = []
+
+    async def ask(session: aiohttp.ClientSession, priority: int, tokens: int) -> None:
+        body = {
+            "model": TASKS["generate"],
+            "prompt": "a",
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "priority": priority,
+        }
+        async with session.post(
+            f"http://127.0.0.1:{unused_tcp_port}/v1/completions", json=body | {"priority": priority}
+        ) as answer:
+            assert answer.status == 200, await answer.text()
+        ended.append(priority)
+
+    with killed_at_the_end(engine):
+        await ready(engine_kind, unused_tcp_port, engine)
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+            group.create_task(ask(session, -2, 300))
+            await asyncio.sleep(0.2)  # it holds the only place; the others come in the wrong order
+            group.create_task(ask(session, 2, 8))
+            await asyncio.sleep(0.2)
+            assert ended == [], "the first was to take longer"
+            group.create_task(ask(session, -1, 8))
+    assert ended == [-2, -1, 2]
