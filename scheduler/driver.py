@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+import aiohttp
 import msgspec
 
-from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Probe, Refuse, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.devices.base import Device
 from scheduler.engines.base import EngineExit, EngineKind, Progress
+from scheduler.engines.sleeping import Said, SleepError
 from scheduler.events import (
+    Asleep,
     ConfigChanged,
     EngineFailed,
     EngineReady,
@@ -29,14 +32,18 @@ from scheduler.events import (
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
+    ProbeAnswered,
     Tick,
     UnloadAsked,
 )
+from scheduler.footprints import FootprintFile
 from scheduler.model import RefusalCode, Residency, Ticket
 
 log = logging.getLogger("vramp.scheduler")
 
 DECISIONS_KEPT = 50
+SLEEP_LIMIT_S = 60.0  # for one answer to sleep, wake or the fixed question
+LEAVING_INTERVAL_S = 0.25  # between two readings while memory is awaited: a driver takes 0.5 to 1.5 s to free it
 DEATH_LIMIT_S = 3.0  # vLLM takes a second and a half to notice that its core has been killed
 
 
@@ -93,6 +100,7 @@ class Engines(Protocol):
         stop_timeout_s: float,
         on_progress: Callable[[Progress], None],
         revision: str = "",
+        partners: tuple[str, ...] = (),
     ) -> EngineHandle:
         """Start an engine and wait until it answers a real request. Raises EngineExit; cancelling kills it."""
         ...
@@ -103,6 +111,18 @@ class Engines(Protocol):
 
     async def gone(self, engine_id: str, within_s: float) -> bool:
         """Whether the engine has ended, or does within the limit; `on_exit` has then been called."""
+        ...
+
+    async def sleep(self, engine_id: str, kind: EngineKind) -> None:
+        """Have it sleep. Raises SleepError or aiohttp.ClientError, as do the next two."""
+        ...
+
+    async def wake(self, engine_id: str, kind: EngineKind) -> None:
+        """Have it wake."""
+        ...
+
+    async def ask(self, engine_id: str, kind: EngineKind) -> Said:
+        """What it answers to the fixed question."""
         ...
 
     def pids(self, engine_id: str) -> list[int]:
@@ -191,8 +211,11 @@ class Scheduler:
         *,
         measure_interval_s: float = 2.0,
         observe: Callable[[Event | Command], None] = lambda _: None,
+        footprint_file: FootprintFile | None = None,
     ) -> None:
         self.core = core
+        self._footprint_file = footprint_file
+        self._said: dict[str, str] = {}  # by model: what its operator was last told of its memory
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._devices = {device.spec.name: device for device in devices}
         self._engines = engines
@@ -270,10 +293,12 @@ class Scheduler:
 
     # -------------------------------------------------------------- operators
 
-    def adopt(self, engine_id: str, model: str, device: str, base_url: str, revision: str) -> None:
+    def adopt(
+        self, engine_id: str, model: str, device: str, base_url: str, revision: str, partners: tuple[str, ...] = ()
+    ) -> None:
         """Take over an engine that outlived an earlier proxy and answered a probe."""
         self._urls[engine_id] = base_url
-        self.dispatch(EngineReady(engine_id, model, device, 0.0, adopted=True, revision=revision))
+        self.dispatch(EngineReady(engine_id, model, device, 0.0, adopted=True, revision=revision, partners=partners))
 
     def reload(self, event: ConfigChanged, launches: Mapping[str, Launch]) -> None:
         """New models and settings; engines whose configuration changed are drained and replaced."""
@@ -333,11 +358,20 @@ class Scheduler:
                 case Refuse():
                     self._refuse(command)
                 case Load():
-                    self._note(f"load {command.model} on {command.device}", command.reason)
+                    where = ", ".join((command.device, *command.partners))
+                    self._note(f"load {command.model} on {where}", command.reason)
                     self._start(command)
                 case Stop():
                     self._note(f"stop {command.engine_id} ({command.cause})", command.reason)
-                    self._background(self._stop(command.engine_id))
+                    self._background(self._stop(command.engine_id, force=command.force))
+                case Sleep():
+                    self._note(f"sleep {command.engine_id} ({command.cause})", command.reason)
+                    self._background(self._sleep(command.engine_id))
+                case Wake():
+                    self._note(f"wake {command.engine_id}", command.reason)
+                    self._background(self._wake(command.engine_id))
+                case Probe(engine_id):
+                    self._background(self._probe(engine_id))
                 case WakeAt(at_s):
                     self._wake_at(at_s)
 
@@ -374,7 +408,7 @@ class Scheduler:
     async def _run_start(self, command: Load) -> None:
         engine_id, begun = command.engine_id, self._loop.time()
         launch = self._launches[command.model]
-        device = self._devices[command.device]
+        devices = [self._devices[name] for name in (command.device, *command.partners)]
         spec = self.core.models[command.model].spec
 
         def progress(seen: Progress) -> None:
@@ -385,16 +419,17 @@ class Scheduler:
                 engine_id,
                 command.model,
                 launch.kind,
-                device.engine_env(),
+                _together(device.engine_env() for device in devices),
                 device=command.device,
                 start_timeout_s=launch.start_timeout_s,
                 stop_timeout_s=launch.stop_timeout_s,
                 on_progress=progress,
                 revision=spec.revision,
+                partners=command.partners,
             )
         except EngineExit as failure:
             self._starting.pop(engine_id, None)
-            self._failed(engine_id, failure.reason, failure.log_tail)
+            self._failed(engine_id, failure.reason, failure.log_tail, out_of_memory=failure.out_of_memory)
             return
         except Exception as error:  # a bug of ours or of a kind's must not leave the model loading for ever
             log.exception("starting %s failed", engine_id)
@@ -404,31 +439,81 @@ class Scheduler:
         self._starting.pop(engine_id, None)
         now = self._loop.time()
         self._urls[engine_id], self._ready_at[engine_id] = handle.base_url, now
-        await self._measure(device)  # its start lease ends with a figure, not with a guess
+        for device in devices:
+            await self._measure(device)  # its start lease ends with a figure, not with a guess
         self._note(f"{engine_id} is ready", f"after {now - begun:.1f} s")
         self.dispatch(EngineReady(engine_id, command.model, command.device, now - begun))
 
     def _engine_died(self, engine_id: str, reason: str, log_tail: Sequence[str]) -> None:
         self._failed(engine_id, reason, log_tail)
 
-    def _failed(self, engine_id: str, reason: str, log_tail: Sequence[str]) -> None:
+    def _failed(self, engine_id: str, reason: str, log_tail: Sequence[str], *, out_of_memory: bool = False) -> None:
         log.error("engine %s failed: %s", engine_id, reason)
         for line in log_tail:
             log.error("  %s | %s", engine_id, line)
         self._note(f"{engine_id} failed", reason)
         self._forget(engine_id)
-        self.dispatch(EngineFailed(engine_id, reason))
+        self._measure_soon.set()
+        self.dispatch(EngineFailed(engine_id, reason, out_of_memory))
 
-    async def _stop(self, engine_id: str) -> None:
+    async def _sleep(self, engine_id: str) -> None:
+        error = await self._told(self._engines.sleep(engine_id, self._kind_of(engine_id)))
+        await self._measure_for(engine_id)
+        self.dispatch(Asleep(engine_id, error))
+
+    async def _wake(self, engine_id: str) -> None:
+        begun = self._loop.time()
+        model = self.core.placement.by_engine(engine_id)
+        error = await self._told(self._engines.wake(engine_id, self._kind_of(engine_id)))
+        if error:
+            self.dispatch(ProbeAnswered(engine_id, error=error))
+            return
+        await self._measure_for(engine_id)
+        now = self._loop.time()
+        self._ready_at[engine_id] = now
+        if model is not None and model.engine is not None:
+            self.dispatch(EngineReady(engine_id, model.spec.name, model.engine.device, now - begun))
+
+    async def _probe(self, engine_id: str) -> None:
+        said: list[Said] = []
+
+        async def ask() -> None:
+            said.append(await self._engines.ask(engine_id, self._kind_of(engine_id)))
+
+        error = await self._told(ask())
+        if said:
+            self.dispatch(ProbeAnswered(engine_id, said[0].token, said[0].logprob))
+        else:
+            self.dispatch(ProbeAnswered(engine_id, error=error))
+
+    async def _told(self, work: Coroutine[None, None, None]) -> str:
+        """Wait for an engine's answer; what went wrong, or "". Whatever it is, the core must hear of it."""
+        try:
+            async with asyncio.timeout(SLEEP_LIMIT_S):
+                await work
+        except TimeoutError:
+            return f"no answer within {SLEEP_LIMIT_S:g} s"
+        except (SleepError, aiohttp.ClientError, OSError) as error:
+            return str(error) or type(error).__name__
+        except Exception as error:
+            log.exception("an engine's sleep failed in a way of our own")
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _kind_of(self, engine_id: str) -> EngineKind:
+        return self._launches[engine_id.rpartition("#")[0]].kind
+
+    async def _stop(self, engine_id: str, *, force: bool = False) -> None:
         starting = self._starting.pop(engine_id, None)
         if starting is not None:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
         model = engine_id.rpartition("#")[0]
         launch = self._launches.get(model)
-        await self._engines.stop(engine_id, launch.stop_timeout_s if launch else 10.0)
+        await self._engines.stop(engine_id, 0.0 if force else launch.stop_timeout_s if launch else 10.0)
         self._forget(engine_id)
         self._measure_soon.set()
+        await self._measure_for(engine_id, late_only=True)
         self.dispatch(EngineStopped(engine_id))
 
     def _forget(self, engine_id: str) -> None:
@@ -446,7 +531,7 @@ class Scheduler:
         pids = {
             model.engine.id: self._engines.pids(model.engine.id)
             for model in self.core.models.values()
-            if model.engine is not None and model.engine.device == device.spec.name
+            if model.engine is not None and device.spec.name in model.engine.devices
         }
         try:
             reading = await asyncio.to_thread(device.measure, pids, self._engines.launcher_pids())
@@ -464,15 +549,46 @@ class Scheduler:
             )
         )
 
+    async def _measure_for(self, engine_id: str, *, late_only: bool = False) -> None:
+        """A fresh reading of the engine's devices; `late_only`: of those that free memory late."""
+        model = self.core.placement.by_engine(engine_id)
+        if model is None or model.engine is None:
+            return
+        for name in model.engine.devices:
+            if self._devices[name].spec.frees_late or not late_only:
+                await self._measure(self._devices[name])
+
+    def _next_reading_s(self) -> float:
+        leaving = any(self.core.placement.leaving(name) for name in self._devices)
+        return min(self._measure_interval_s, LEAVING_INTERVAL_S) if leaving else self._measure_interval_s
+
+    async def _keep_learned(self) -> None:
+        """Write down what was learned, and say where the configuration is far from it, each time that it is new."""
+        footprints = self.core.placement.footprints
+        if not footprints.changed:
+            return
+        footprints.changed = False
+        for model in self.core.models.values():
+            said = self.core.placement.misjudged(model)
+            if said and said != self._said.get(model.spec.name):
+                self._said[model.spec.name] = said
+                log.warning("models[%s]: %s", model.spec.name, said)
+        if self._footprint_file is not None:
+            try:
+                await asyncio.to_thread(self._footprint_file.save, footprints.figures())
+            except OSError as error:
+                log.warning("learned footprints could not be written: %s", error)
+
     async def run(self) -> None:
         """Read the devices for ever. Cancel it to stop; engines are left as they are."""
         try:
             while True:
                 for device in self._devices.values():
                     await self._measure(device)
+                await self._keep_learned()
                 self._measure_soon.clear()
                 try:
-                    await asyncio.wait_for(self._measure_soon.wait(), self._measure_interval_s)
+                    await asyncio.wait_for(self._measure_soon.wait(), self._next_reading_s())
                 except TimeoutError:
                     continue
         finally:
@@ -485,3 +601,13 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One environment for an engine on several devices: values of the same name are listed, as CUDA_VISIBLE_DEVICES
+    is."""
+    joined: dict[str, list[str]] = {}
+    for environment in environments:
+        for name, value in environment.items():
+            joined.setdefault(name, []).append(value)
+    return {name: ",".join(values) for name, values in joined.items()}

@@ -9,6 +9,8 @@ from typing import Protocol
 import aiohttp
 import msgspec
 
+from scheduler.engines.sleeping import SleepControls
+
 
 class SpawnSpec(msgspec.Struct, frozen=True):
     """How to start one engine: `argv` for a plain start, `env` on top of ours.
@@ -36,6 +38,7 @@ class EngineKind(Protocol):
     """One way of running a model locally. One file each; registered in `scheduler.engines.kinds`."""
 
     name: str
+    sleep_controls: SleepControls | None  # None: an engine of this kind cannot sleep
 
     def spawn_spec(self, port: int, device_env: Mapping[str, str]) -> SpawnSpec:
         """The command line for a start on this loopback port."""
@@ -64,7 +67,8 @@ class ProbeError(Exception):
 class EngineExit(Exception):
     """The engine ended before it was ready. Carries the last log lines for the people who wait."""
 
-    def __init__(self, reason: str, log_tail: Sequence[str]) -> None:
+    def __init__(self, reason: str, log_tail: Sequence[str], *, out_of_memory: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.out_of_memory = out_of_memory
         self.log_tail = list(log_tail)

@@ -22,6 +22,7 @@ class CommandKind:
     """
 
     name = "command"
+    sleep_controls = None
 
     def __init__(
         self,

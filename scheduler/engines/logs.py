@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -12,6 +13,12 @@ from urllib.parse import quote
 KEPT = 5
 TAIL_BYTES = 64 << 10
 READ_LIMIT = 256 << 10
+# What vLLM, PyTorch, llama.cpp and the kernel's allocator say when there is less memory than they need. Not "Killed":
+# the kernel's own killer writes nothing into an engine's log.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|[Cc](?:an't|annot) allocate memory|\bMemoryError\b|failed to allocate .*buffer"
+    r"|(?:Free|Available) memory on (?:device|node) .* on (?:startup|kv cache allocation) is less"
+)
 
 
 def new_log(log_dir: Path, model: str, engine_id: str) -> Path:
@@ -36,6 +43,11 @@ def tail(path: Path, lines: int) -> list[str]:
     except OSError:
         return []
     return [line for line in re.split(r"[\r\n]+", text) if line][-lines:]
+
+
+def tells_of_want(lines: Iterable[str]) -> bool:
+    """Whether a log says that there was too little memory."""
+    return any(OUT_OF_MEMORY.search(line) is not None for line in lines)
 
 
 class Follower:

@@ -15,8 +15,9 @@ import aiohttp
 from scheduler.engines import reaper
 from scheduler.engines.base import Progress, SpawnSpec
 from scheduler.engines.probing import probe_openai
+from scheduler.engines.sleeping import SleepControls
 
-FAULTS = ("none", "slow", "crash", "garbage", "hang")
+FAULTS = ("none", "slow", "crash", "garbage", "hang", "corrupt")  # corrupt: says something else once it has slept
 MEMORY_VAR = "VRAMP_SIMULATED_MEMORY_BYTES"
 PROBE_HEADERS = {"x-vramp-probe": "1"}  # a probe is no user's request: it meets no fault and is not counted
 LOADED = re.compile(r"loaded (\d+) %")
@@ -43,6 +44,7 @@ class SimulatedKind:
         if fault not in FAULTS:
             raise ValueError(f"model {model}: fault is {fault!r}; use one of {', '.join(FAULTS)}")
         self.model, self.task, self.memory_bytes = model, task, memory_bytes
+        self.sleep_controls = SleepControls(model, PROBE_HEADERS) if task == "generate" else None
         self._options = {
             "--model": model,
             "--task": task,

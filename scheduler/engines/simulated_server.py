@@ -32,6 +32,7 @@ COMPLETION_TOKENS = 16
 BODY_LIMIT = 256 << 20
 SLOWER = 10.0
 CRASH_STATUS = 70
+LOGPROB = -0.1  # of every token: nothing here is probable or not
 GARBAGE = b'\xff\xfedata: {"choices": [{"delta": \n\n%%% \x00\n\n'
 MARKER = re.compile(r"\[\[fault:(\w+)\]\]")
 LIMIT_KEYS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
@@ -59,6 +60,9 @@ class Engine:
         self._slots = asyncio.Semaphore(settings.max_sequences)
         self._numbers = itertools.count(1)
         self._answered = 0
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._slept = False
         self._stats = {"requests": 0, "running": 0, "waiting": 0, "finished": 0, "aborted": 0}
 
     def app(self) -> web.Application:
@@ -68,6 +72,9 @@ class Engine:
         app.router.add_get("/ping", _empty)
         app.router.add_get("/v1/models", self.models)
         app.router.add_get("/stats", self.stats)
+        app.router.add_get("/is_sleeping", self.is_sleeping)
+        app.router.add_post("/sleep", self.sleep)
+        app.router.add_post("/wake_up", self.wake_up)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_post("/tokenize", self.tokenize)
         app.router.add_post("/detokenize", self.detokenize)
@@ -114,6 +121,21 @@ class Engine:
             f"vllm:kv_cache_usage_perc{label} {share}",
         ]
         return web.Response(text="\n".join(lines) + "\n")
+
+    async def is_sleeping(self, _: web.Request) -> web.Response:
+        """GET /is_sleeping."""
+        return web.json_response({"is_sleeping": not self._awake.is_set()})
+
+    async def sleep(self, _: web.Request) -> web.Response:
+        """POST /sleep: requests hang from now on, as on vLLM."""
+        self._awake.clear()
+        self._slept = True
+        return web.Response()
+
+    async def wake_up(self, _: web.Request) -> web.Response:
+        """POST /wake_up."""
+        self._awake.set()
+        return web.Response()
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize."""
@@ -163,14 +185,18 @@ class Engine:
     async def _generate(self, request: web.Request, body: dict[str, Any], dialect: Dialect) -> web.StreamResponse:
         answer = self._answer(request, body, dialect)
         planned, answer.finish = _plan(answer.model, body, COMPLETION_TOKENS if dialect is Completion else None)
+        if self._slept and self._settings.fault == "corrupt":
+            planned = [f"~{token}" for token in planned]
         fault = self._fault(request, body)
         async with self._counted(request):
             tokens = self._tokens(answer, planned, fault)
             if body.get("stream"):
                 return await _stream(request, dialect, answer, tokens, fault)
-            async for _ in tokens:
-                pass
-            return _plain(dialect.whole(answer), fault)
+            said = [token async for token, _ in tokens]
+            whole = dialect.whole(answer)
+            if dialect is Completion and body.get("logprobs"):
+                whole["choices"][0]["logprobs"] = {"tokens": said, "token_logprobs": [LOGPROB] * len(said)}
+            return _plain(whole, fault)
 
     def _answer(self, request: web.Request, body: dict[str, Any], dialect: Dialect) -> Answer:
         name = request.headers.get("x-request-id") or f"simulated-{next(self._numbers)}"
@@ -290,6 +316,7 @@ class Engine:
 
     @asynccontextmanager
     async def _counted(self, request: web.Request) -> AsyncIterator[None]:
+        await self._awake.wait()
         if "x-vramp-probe" in request.headers:
             yield
             return

@@ -24,6 +24,7 @@ import msgspec
 from scheduler.engines import logs, reaper
 from scheduler.engines.base import EngineExit, EngineKind, ProbeError, Progress, SpawnSpec
 from scheduler.engines.keeper_link import Exited, KeeperError, KeeperLink, LauncherState, Living
+from scheduler.engines.sleeping import Said, SleepControls, SleepError
 
 log = logging.getLogger("vramp.scheduler")
 
@@ -38,7 +39,8 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
 class Handle(msgspec.Struct, frozen=True):
-    """A running engine. `kind` is the kind's name, `started_s` Unix time. The keeper keeps it for the next proxy."""
+    """A running engine. `kind` is the kind's name, `started_s` Unix time, `partners` the devices it has besides the
+    first. The keeper keeps it for the next proxy."""
 
     engine_id: str
     model: str
@@ -48,6 +50,7 @@ class Handle(msgspec.Struct, frozen=True):
     port: int
     log_path: str
     tmp_dir: str = ""
+    partners: tuple[str, ...] = ()
     pid: int = 0
     started_s: float = 0.0
 
@@ -104,6 +107,7 @@ class Supervisor:
         stop_timeout_s: float,
         on_progress: Callable[[Progress], None],
         revision: str = "",
+        partners: tuple[str, ...] = (),
     ) -> Handle:
         """Start an engine and wait until it answers a real request.
 
@@ -113,7 +117,7 @@ class Supervisor:
         path = logs.new_log(self._log_dir, model, engine_id)
         for last_try in (False, True):
             tmp_dir = tempfile.mkdtemp(prefix="vramp-")  # not in our own folder: sockets' paths end at 107 bytes
-            handle = Handle(engine_id, model, device, kind.name, revision, _free_port(), str(path), tmp_dir)
+            handle = Handle(engine_id, model, device, kind.name, revision, _free_port(), str(path), tmp_dir, partners)
             engine = self._enter(handle)
             try:
                 async with asyncio.timeout(start_timeout_s):
@@ -138,6 +142,29 @@ class Supervisor:
         engine = self._engines.get(engine_id)
         if engine is not None:
             await asyncio.shield(self._end(engine, timeout_s))
+
+    async def sleep(self, engine_id: str, kind: EngineKind) -> None:
+        """Have it sleep; returns when it says so. Raises SleepError or aiohttp.ClientError."""
+        controls, url = self._controls(engine_id, kind)
+        await controls.sleep(self._session, url)
+
+    async def wake(self, engine_id: str, kind: EngineKind) -> None:
+        """Have it wake; returns when it says so. Raises SleepError or aiohttp.ClientError."""
+        controls, url = self._controls(engine_id, kind)
+        await controls.wake(self._session, url)
+
+    async def ask(self, engine_id: str, kind: EngineKind) -> Said:
+        """What it answers to the fixed question. Raises SleepError or aiohttp.ClientError."""
+        controls, url = self._controls(engine_id, kind)
+        return await controls.ask(self._session, url)
+
+    def _controls(self, engine_id: str, kind: EngineKind) -> tuple[SleepControls, str]:
+        engine = self._engines.get(engine_id)
+        if engine is None:
+            raise SleepError("it has gone")
+        if kind.sleep_controls is None:
+            raise SleepError(f"engines of kind {kind.name} cannot sleep")
+        return kind.sleep_controls, engine.handle.base_url
 
     async def gone(self, engine_id: str, within_s: float) -> bool:
         """Whether the engine has ended, or does within the limit; `on_exit` has then been called."""
@@ -234,7 +261,8 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if gone in done:
-            raise EngineExit(self._explained(engine, kind), self._tail(engine))
+            want = logs.tells_of_want(logs.tail(engine.log_path, EXPLAIN_LINES))
+            raise EngineExit(self._explained(engine, kind), self._tail(engine), out_of_memory=want)
         for task in done:
             task.result()
         engine.ready = True

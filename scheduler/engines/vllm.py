@@ -18,6 +18,7 @@ import aiohttp
 
 from scheduler.engines.base import ProbeError, Progress, SpawnSpec
 from scheduler.engines.estimate import default_threads
+from scheduler.engines.sleeping import SleepControls
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
 PROBE_LIMIT_S = 60.0  # the first request may compile; a supervisor with less time cancels
@@ -33,6 +34,7 @@ LAUNCHER_ENV = {
 }
 _READ_AT_IMPORT = ("HF_", "KMP_", "LD_", "MKL_", "OPENBLAS_", "PYTHON", "TORCH", "TRANSFORMERS_", "VLLM_PLUGINS")
 _ALWAYS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_SLEEPS = {"VLLM_SERVER_DEV_MODE": "1"}  # its routes for sleep are not there otherwise
 _ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -41,7 +43,8 @@ class VllmKind:
 
     `device_share` is the part of a GPU, 0 to 1, that must be free at start: the engine's memory over the device's.
     `threads` is for the CPU; without it the model's size decides. `warm` forks from a launcher, unless `env` sets what
-    a fork cannot obey because it is read at import.
+    a fork cannot obey because it is read at import. `sleep` starts it so that it can be put to sleep: on GPUs only (the
+    CPU worker frees nothing), and for text, whose first token tells whether it woke as it was.
     """
 
     name = "vllm"
@@ -62,17 +65,20 @@ class VllmKind:
         device_share: float = 0.9,
         threads: int | None = None,
         warm: bool = True,
+        sleep: bool = False,
     ) -> None:
         self._model, self._path, self._python, self._task = model, path, python or sys.executable, task
         self._kv_cache_bytes, self._max_sequences, self._max_context = kv_cache_bytes, max_sequences, max_context
         self._cpu, self._device_share, self._threads = cpu, device_share, threads
         self._args, self._env = tuple(args), dict(env or {})
+        self.sleep_controls = SleepControls(model) if sleep and not cpu and task == "generate" else None
         self._warm = warm and not any(name.startswith(_READ_AT_IMPORT) for name in self._env)
 
     def spawn_spec(self, port: int, device_env: Mapping[str, str]) -> SpawnSpec:
         """The command line for a start on this loopback port. The model's own `args` come last, and so win."""
         argv = (self._python, "-m", MODULE, *self._options(port), *self._args)
-        env = {**_ALWAYS, **(self._cpu_env() if self._cpu else {}), **device_env, **self._env}
+        sleep = _SLEEPS if self.sleep_controls is not None else {}
+        env = {**_ALWAYS, **sleep, **(self._cpu_env() if self._cpu else {}), **device_env, **self._env}
         return SpawnSpec(argv, env, warm=self._warm, launcher_env=LAUNCHER_ENV if self._warm else {})
 
     def _options(self, port: int) -> Iterable[str]:
@@ -90,6 +96,8 @@ class VllmKind:
             yield from ("--distributed-executor-backend", "uni", "--enforce-eager")
         else:
             yield from ("--gpu-memory-utilization", f"{self._device_share:.4f}")
+        if self.sleep_controls is not None:
+            yield "--enable-sleep-mode"
 
     def _cpu_env(self) -> dict[str, str]:
         return {**_ON_CPU, "OMP_NUM_THREADS": str(self._threads or default_threads(self._path))}
