@@ -5,7 +5,7 @@ SETUP := python3 scripts/setup.py --engine $(ENGINE)
 # Byte code halves the start of an engine; some machines switch it off for everyone.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup dev models run test test-fast check bench bench-ext load clean
+.PHONY: help setup dev models run test test-fast check bench bench-ext sim load clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ bench: dev  ## CPU per request and per chunk, printed
 
 bench-ext: dev  ## native extensions against their Python twins, printed
 	@$(PY) loadtests/bench_ext.py
+
+sim: dev  ## policies against the optimum, printed (TRACES=FOLDER)
+	@$(PY) loadtests/sim.py $(TRACES)
 
 load: dev  ## locust against a running vramp (HOST=URL)
 	@$(PY) -m locust -f loadtests/locustfile.py --host $(or $(HOST),http://127.0.0.1:8080) --headless --only-summary -u 20 -r 5 -t 60s

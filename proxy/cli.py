@@ -1,4 +1,5 @@
-"""The `vramp` command: options and help texts. What a command does stands in `proxy.cli_serve` and `proxy.cli_admin`.
+"""The `vramp` command: options and help texts. What a command does stands in `proxy.cli_serve`, `proxy.cli_admin` and
+`proxy.cli_simulate`.
 
 Only click is imported before a command runs, so that `--help` and shell completion answer at once.
 """
@@ -176,6 +177,87 @@ def unload(model: str, admin: str | None, config: str | None) -> None:
     from proxy.cli_admin import change, connect
 
     change(connect(admin, config), model, "unload")
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  vramp simulate --trace arrivals.csv --memory 72GiB
+  vramp simulate --trace arrivals.csv --memory 144GiB --policy vramp --deadline 30 --json
+  vramp simulate --replay decisions.log
+"""
+)
+@click.option("--trace", "traces", metavar="FILE", multiple=True, help="CSV of arrivals; may be repeated.")
+@click.option("--memory", metavar="SIZE", default="72GiB", show_default=True, help="Memory that the models share.")
+@click.option("--policy", metavar="NAME", default="all", show_default=True, help="One policy, or all.")
+@click.option(
+    "--deadline", "deadline_s", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=10.0,
+    show_default=True, help="A wait up to this is on time.",
+)  # fmt: skip
+@click.option(
+    "--engine", metavar="reference|FILE", default="reference", show_default=True,
+    help="Sizes, load and answer times: the published reference, or a TOML file.",
+)  # fmt: skip
+@click.option(
+    "--until", "until_s", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=float("inf"),
+    help="Cut the trace here.",
+)  # fmt: skip
+@click.option("--bounds/--no-bounds", default=True, help="Compare with the optimum (needs scipy).  [default: bounds]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a policy.")
+@click.option("--replay", metavar="LOG", help="Run a server's log again and compare every decision.")
+def simulate(
+    traces: tuple[str, ...],
+    memory: str,
+    policy: str,
+    deadline_s: float,
+    engine: str,
+    until_s: float,
+    bounds: bool,
+    as_json: bool,
+    replay: str | None,
+) -> None:
+    """Run the scheduler on recorded arrivals in virtual time and compare its policies.
+
+    Prints, for each policy: the share of requests on time, what that is of the best that any scheduler could reach
+    (B2), its load cost over the least possible in arrival order (B1), loads, waits, the largest service gap between
+    tenants, and how long it took.
+    """
+    from proxy.cli_simulate import Contest, names, replay_log, simulate
+
+    if replay is not None:
+        if traces:
+            raise click.UsageError("--replay runs a log, --trace runs a trace; use one of them.")
+        replay_log(replay)
+        return
+    if not traces:
+        raise click.UsageError("nothing to run: name a trace with --trace FILE or a log with --replay LOG.")
+    if policy not in (*names(), "all"):
+        raise click.BadParameter(f"{policy!r} is none of {', '.join(names())}, all", param_hint="--policy")
+    simulate(Contest(traces, memory, policy, deadline_s, engine, until_s, bounds, as_json))
+
+
+@main.command(
+    epilog="""\b
+Example:
+  vramp plan --config vramp.toml --trace yesterday.csv
+"""
+)
+@click.option("--config", metavar="FILE", required=True, help="The configuration whose models and machine to use.")
+@click.option("--trace", metavar="FILE", required=True, help="CSV of arrivals for these models.")
+@click.option(
+    "--until", "until_s", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=float("inf"),
+    help="Cut the trace here.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a machine.")
+def plan(config: str, trace: str, until_s: float, as_json: bool) -> None:
+    """Would one more GPU, or 32 GB more RAM, help?
+
+    Runs the arrivals through the scheduler on this machine as it is and as it could be, with the models, limits and
+    profiles of the configuration.
+    """
+    from proxy.cli_simulate import plan
+
+    plan(config, trace, until_s, as_json)
 
 
 if __name__ == "__main__":

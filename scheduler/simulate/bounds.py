@@ -12,6 +12,7 @@ scipy is an extra (`pip install 'vramp[sim]'`) and is imported only here.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_cost_bound(requests: Sequence[Request], models: Mapping[str, ModelSpec]
 
 
 def _solve_load_cost(requests: Sequence[Request], models: Mapping[str, ModelSpec], memory_bytes: int) -> float:
-    solver, sparse, _ = _libraries()
+    solver, sparse = _libraries()
     sequence = [r.model for i, r in enumerate(requests) if not i or requests[i - 1].model != r.model]
     last: dict[str, int] = {}
     fixed = 0.0
@@ -120,7 +121,7 @@ class _OnTime:
 
     def solve(self) -> float:
         """The largest weight of requests served in time."""
-        solver, sparse, _ = _libraries()
+        solver, sparse = _libraries()
         self._gains = [0.0] * (2 * len(self._names) * self._slots)
         self._residency()
         self._memory()
@@ -209,14 +210,12 @@ class _OnTime:
         return len(self._gains) - 1
 
 
-def _libraries() -> tuple[Any, Any, Any]:
+def _libraries() -> tuple[Any, Any]:
+    """linprog and scipy.sparse: an extra, and slow to import."""
     try:
-        import numpy  # noqa: PLC0415 - an extra, and slow to import
-        from scipy import sparse  # noqa: PLC0415
-        from scipy.optimize import linprog  # noqa: PLC0415
+        return importlib.import_module("scipy.optimize").linprog, importlib.import_module("scipy.sparse")
     except ImportError as error:
         raise NoSolver("the bounds need scipy: pip install 'vramp[sim]', or leave them out with --no-bounds") from error
-    return linprog, sparse, numpy
 
 
 def _fingerprint(requests: Sequence[Request], models: Mapping[str, ModelSpec]) -> str:

@@ -108,7 +108,13 @@ class Row(msgspec.Struct):
     wait_worst_s: float
     service_gap: float | None
     run_s: float
-    on_time_share_by_class: Mapping[str, float] = {}
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A row, and the share on time of every class that the trace has."""
+
+    row: Row
+    share_by_class: Mapping[str, float]
 
 
 def bounds_of(trial: Trial) -> Bounds:
@@ -122,16 +128,16 @@ def bounds_of(trial: Trial) -> Bounds:
     )
 
 
-def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Callable[[int], None]) -> Row:
+def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Callable[[int], None]) -> Result:
     """Run the policy: once with its ordering, once in arrival order for its load cost alone."""
     begun = time.perf_counter()
     core = trial.core(policy.ordering(), policy.eviction())
-    outcome = Simulation(core, trial.engine, trial.requests, progress).run()
+    outcome = Simulation(core, trial.engine.service_s, trial.requests, progress=progress).run()
     cost_s = load_cost(trial.core(Fifo(), policy.eviction()), trial.requests)
     run_s = time.perf_counter() - begun
     waits = sorted(outcome.waits_s)
     on_time = sum(wait <= trial.deadline_s + EDGE_S for wait in waits)
-    return Row(
+    row = Row(
         policy=policy.name,
         default=policy.default,
         setting=policy.setting,
@@ -149,8 +155,8 @@ def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Calla
         wait_worst_s=waits[-1],
         service_gap=_gap(trial, outcome),
         run_s=run_s,
-        on_time_share_by_class=_by_class(trial, outcome),
     )
+    return Result(row, _by_class(trial, outcome))
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

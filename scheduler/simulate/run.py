@@ -8,11 +8,10 @@ from math import inf
 
 import msgspec
 
-from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Stop, WakeAt
 from scheduler.core import Core
 from scheduler.events import Arrived, EngineReady, EngineStopped, Event, Finished, Tick
 from scheduler.model import SchedulerSettings, Ticket
-from scheduler.simulate.engine import Engine
 from scheduler.simulate.traces import Request
 
 # of what happens at one moment, places become free before they are asked for
@@ -28,26 +27,29 @@ class Outcome(msgspec.Struct):
 
 
 class Simulation:
-    """One run. Loads pass one at a time, whatever the number of devices; eviction takes no time."""
+    """One run. Loads pass one at a time, on each device or (`one_link`) on all; eviction takes no time."""
 
     def __init__(
         self,
         core: Core,
-        engine: Engine,
+        service_s: Callable[[Request], float],
         requests: Sequence[Request],
+        *,
+        one_link: bool = True,
         progress: Callable[[int], None] = lambda _: None,
         observe: Callable[[Event | Command, float], None] = lambda _event, _now: None,
     ) -> None:
         self.core = core
         self.now = 0.0
         self.outcome = Outcome([inf] * len(requests))
-        self._engine = engine
+        self._service_s = service_s
+        self._one_link = one_link
         self._requests = requests
         self._progress = progress
         self._observe = observe
         self._heap: list[tuple[float, int, int, Event]] = []
         self._count = 0
-        self._link_free_s = 0.0
+        self._link_free_s: dict[str, float] = {}
         self._wake_at = inf
 
     def run(self) -> Outcome:
@@ -85,22 +87,23 @@ class Simulation:
             case Admit(index):
                 request = self._requests[index]
                 self.outcome.waits_s[index] = self.now - request.at_s
-                self._at(self.now + self._engine.service_s(request), FINISH, Finished(index))
+                self._at(self.now + self._service_s(request), FINISH, Finished(index))
             case Load(engine_id, model, device):
                 seconds = self.core.models[model].spec.load_estimate_s
-                self._link_free_s = max(self.now, self._link_free_s) + seconds
+                link = "" if self._one_link else device
+                ready_s = max(self.now, self._link_free_s.get(link, 0.0)) + seconds
+                self._link_free_s[link] = ready_s
                 self.outcome.loads += 1
                 self.outcome.load_seconds += seconds
-                self._at(self._link_free_s, READY, EngineReady(engine_id, model, device, seconds))
+                self._at(ready_s, READY, EngineReady(engine_id, model, device, seconds))
             case WakeAt(at_s):
                 self._wake_at = at_s
                 self._at(at_s, TICK, Tick())
-            case Refuse():
-                pass
+            case _:
+                pass  # a refused request keeps its infinite wait
 
 
 def endless_settings(deadline_s: float) -> SchedulerSettings:
     """Nothing is refused, nothing is evicted before somebody waits; on time is `deadline_s` for every class."""
-    return SchedulerSettings(
-        pressure_threshold=1.0, max_wait_s=inf, max_waiting=1 << 40, patience_s=(deadline_s,) * 5
-    )
+    patience_s = (deadline_s, deadline_s, deadline_s, deadline_s, deadline_s)
+    return SchedulerSettings(pressure_threshold=1.0, max_wait_s=inf, max_waiting=1 << 40, patience_s=patience_s)

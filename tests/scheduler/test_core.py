@@ -391,7 +391,7 @@ def test_a_waiting_client_is_told_what_happens(world: MakeWorld) -> None:
     _, (load,) = w.arrive("a")
     second, _ = w.arrive("a")
     w.step(LoadProgress(load.engine_id, 0.62, "loading weights"))
-    assert w.core.describe(second, 10.0) == "loading a, 62% (loading weights), 1 before you, about 20 s"
+    assert w.core.describe(second, 10.0) == "loading a, 62% (loading weights), 1 before you, about 20 s (10 to 40 s)"
 
 
 def test_a_move_that_is_not_in_the_table_is_a_bug() -> None:
