@@ -843,7 +843,6 @@ cdef class Client(Conn):
             answer = self._exchange.whole(up._status, up._headers, body)
             if answer is None:
                 return self._hand_over(self._exchange)
-            self._answering()
         else:
             answer = self._exchange.ended(up._tail())
             if answer is None:
@@ -852,6 +851,7 @@ cdef class Client(Conn):
 
     cdef int _over(self, bytes rest) except -1:
         """Write the last bytes of an answer, and turn to the next request."""
+        self._answering()
         self._exchange = self._feed = self._pool = None
         self.started = False
         self._total = NEVER

@@ -149,7 +149,8 @@ class Exchange(msgspec.Struct, eq=False):
             return b"" if self.lengthy else LAST_CHUNK
         rest = scanner.flush()
         if not is_whole(self.plan.call, scanner) or not (rest or self.client.started):
-            return self.failed(Failure.BROKE, "the stream ended in the middle")
+            record_stream(outcome, scanner)
+            return self._end_with(self._broken(Broken("the stream ended in the middle")))
         record_stream(outcome, scanner)
         if self.client.started:
             outcome.bytes_out += len(rest)
@@ -171,7 +172,10 @@ class Exchange(msgspec.Struct, eq=False):
             outcome.error = "client_stalled" if kind == Failure.STALLED else outcome.error or "client_left"
             self._settle()
             return None
-        failure = self._failure(kind, words)
+        return self._end_with(self._failure(kind, words))
+
+    def _end_with(self, failure: CallError | AttemptFailed) -> bytes | None:
+        outcome = self.outcome
         if not self.client.started:
             self._leave(failure)
             return None
@@ -203,7 +207,9 @@ class Exchange(msgspec.Struct, eq=False):
         if kind == Failure.STOPPING:
             return cut_off_error()
         name = self.plan.candidate.deployment.backend.name
-        problem = (Unreachable if kind == Failure.UNREACHABLE else Broken)(f"backend {name}: {words}")
+        return self._broken((Unreachable if kind == Failure.UNREACHABLE else Broken)(f"backend {name}: {words}"))
+
+    def _broken(self, problem: Unreachable | Broken) -> AttemptFailed:
         error = error_of(self.plan.call, problem)
         return AttemptFailed(error) if self.engine_id is None else EngineBroke(error, self.engine_id)
 

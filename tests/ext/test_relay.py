@@ -1,0 +1,277 @@
+"""The relay alone: which bytes it takes for a request, and that it reads those as aiohttp does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+from typing import Any
+
+import pytest
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_parser import HttpRequestParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ext._relay import Client, Relay
+
+pytestmark = pytest.mark.native
+
+KEPT = ("authorization", "host", "x-request-id")
+FOREIGN = ("expect", "upgrade", "transfer-encoding", "content-encoding", "trailer", "x-vramp-")
+BODY = b'{"model":"m","messages":[]}'
+
+
+class Recorder:
+    """Decides nothing: notes what was recognised, and what was handed over."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, str], bytes]] = []
+        self.handed_over: list[bytes] = []
+
+    def decide(self, client: Client) -> None:
+        self.seen.append((client.path, client.headers, client.body))
+
+    def hand_over(self, fd: int, data: bytes, exchange: Any) -> None:
+        assert exchange is None
+        os.close(fd)
+        self.handed_over.append(data)
+
+    def bug(self, exchange: Any) -> None:
+        raise AssertionError("a bug")
+
+
+class Harness:
+    """One relay with a listening socket, pumped by hand."""
+
+    def __init__(self) -> None:
+        self.owner = Recorder()
+        self.relay = Relay(
+            self.owner,
+            paths=("/v1/chat/completions", "/v1/embeddings"),
+            kept=KEPT,
+            foreign=FOREIGN,
+            passed=(),
+            passed_families=(),
+            keepalive_s=75.0,
+        )
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        self.address = listening.getsockname()
+        self.relay.listen(listening.detach())
+
+    def pump(self, wait_s: float = 0.2) -> bool:
+        """Handle what comes within the time; whether something came."""
+        if not select.select([self.relay.fileno()], [], [], wait_s)[0]:
+            return False
+        self.relay.pump()
+        return True
+
+    def send(self, *pieces: bytes) -> tuple[list[tuple[str, dict[str, str], bytes]], list[bytes]]:
+        """What became of these bytes on a new connection: (recognised, handed over)."""
+        self.owner.seen, self.owner.handed_over = [], []
+        open_before = self.relay.connections
+        with socket.create_connection(self.address) as client:
+            for piece in pieces:
+                client.sendall(piece)
+                if self.owner.handed_over:
+                    break
+                self.pump()
+            while not self.owner.handed_over and self.pump(0.0):
+                pass
+        while self.relay.connections > open_before and self.pump():
+            pass
+        return self.owner.seen, self.owner.handed_over
+
+
+@pytest.fixture(scope="module")
+def harness() -> Any:
+    made = Harness()
+    yield made
+    made.relay.close()
+
+
+def request(*lines: bytes, body: bytes = BODY, first: bytes = b"POST /v1/chat/completions HTTP/1.1") -> bytes:
+    return b"\r\n".join([first, *lines, b"", body])
+
+
+LENGTH = b"content-length: %d" % len(BODY)
+GOOD = (b"host: x", b"content-type: application/json", LENGTH)
+
+RECOGNISED = {
+    "plain": request(*GOOD),
+    "any case": request(b"HoSt: x", b"Content-Type: APPLICATION/JSON; charset=UTF-8", LENGTH.title()),
+    "spaces around a value": request(b"host:x", b"content-type: \t application/json \t", LENGTH + b"  "),
+    "keep-alive": request(*GOOD, b"Connection: Keep-Alive"),
+    "an unknown header": request(*GOOD, b"X-Stainless-Lang: python", b"!#$%&'*+-.^_`|~: x"),
+    "an empty value": request(*GOOD, b"x-a:"),
+    "a long unknown name": request(*GOOD, b"x" * 300 + b": 1"),
+    "leading zeros in a length": request(*GOOD[:2], b"content-length: 000%d" % len(BODY)),
+}
+
+FOR_AIOHTTP = {
+    "GET": request(b"host: x", body=b"", first=b"GET /v1/models HTTP/1.1"),
+    "HTTP/1.0": request(*GOOD, first=b"POST /v1/chat/completions HTTP/1.0"),
+    "HTTP/1.2": request(*GOOD, first=b"POST /v1/chat/completions HTTP/1.2"),
+    "absolute form": request(*GOOD, first=b"POST http://x/v1/chat/completions HTTP/1.1"),
+    "a query": request(*GOOD, first=b"POST /v1/chat/completions?a=1 HTTP/1.1"),
+    "another path": request(*GOOD, first=b"POST /v1/chat/completionsx HTTP/1.1"),
+    "a path with dots": request(*GOOD, first=b"POST /v1/../v1/chat/completions HTTP/1.1"),
+    "an escaped path": request(*GOOD, first=b"POST /v1/chat%2Fcompletions HTTP/1.1"),
+    "two spaces": request(*GOOD, first=b"POST  /v1/chat/completions HTTP/1.1"),
+    "a tab for a space": request(*GOOD, first=b"POST\t/v1/chat/completions HTTP/1.1"),
+    "lower-case method": request(*GOOD, first=b"post /v1/chat/completions HTTP/1.1"),
+    "an empty line first": b"\r\n" + request(*GOOD),
+    "length and chunks": request(*GOOD, b"transfer-encoding: chunked"),
+    "chunks": request(b"host: x", b"content-type: application/json", b"transfer-encoding: chunked", body=b"0\r\n\r\n"),
+    "odd coding": request(*GOOD, b"Transfer-Encoding: xchunked"),
+    "two lengths": request(*GOOD, LENGTH),
+    "two different lengths": request(*GOOD, b"content-length: 5"),
+    "a list of lengths": request(*GOOD[:2], LENGTH + b", %d" % len(BODY)),
+    "a signed length": request(*GOOD[:2], b"content-length: +%d" % len(BODY)),
+    "a negative length": request(*GOOD[:2], b"content-length: -1"),
+    "a hexadecimal length": request(*GOOD[:2], b"content-length: 0x1b"),
+    "a huge length": request(*GOOD[:2], b"content-length: 99999999999999999999"),
+    "a large length": request(*GOOD[:2], b"content-length: 1000000"),
+    "no length": request(*GOOD[:2]),
+    "an empty length": request(*GOOD[:2], b"content-length:"),
+    "length zero": request(*GOOD[:2], b"content-length: 0", body=b""),
+    "no host": request(*GOOD[1:]),
+    "two hosts": request(*GOOD, b"host: y"),
+    "two keys": request(*GOOD, b"authorization: Bearer a", b"Authorization: Bearer b"),
+    "no type": request(b"host: x", LENGTH),
+    "another type": request(b"host: x", b"content-type: text/plain", LENGTH),
+    "two types": request(*GOOD, b"content-type: application/json"),
+    "space before the colon": request(*GOOD[:2], b"content-length : %d" % len(BODY), LENGTH),
+    "a space in a name": request(*GOOD, b"x y: 1"),
+    "no colon": request(*GOOD, b"nonsense"),
+    "an empty name": request(*GOOD, b": 1"),
+    "a folded line": request(*GOOD, b"x-a: 1", b" 2"),
+    "a folded first line": request(b" host: x", *GOOD[1:]),
+    "a bare LF in the head": request(*GOOD).replace(b"host: x\r\n", b"host: x\n"),
+    "a bare LF in a value": request(*GOOD, b"x-a: 1\ncontent-length: 3"),
+    "a bare CR in a value": request(*GOOD, b"x-a: 1\rcontent-length: 3"),
+    "only LFs": request(*GOOD).replace(b"\r\n", b"\n") + b"\r\n\r\n",
+    "a NUL in a value": request(*GOOD, b"x-a: \x00"),
+    "a NUL in a name": request(*GOOD, b"x\x00: 1"),
+    "DEL in a value": request(*GOOD, b"x-a: \x7f"),
+    "not ASCII in a value": request(*GOOD, b"x-a: \xc3\xa4"),
+    "not ASCII in a name": request(*GOOD, b"x-\xe4: 1"),
+    "expect": request(*GOOD, b"expect: 100-continue"),
+    "upgrade": request(*GOOD, b"upgrade: websocket"),
+    "close": request(*GOOD, b"connection: close"),
+    "two options of a connection": request(*GOOD, b"connection: keep-alive, close"),
+    "a coded body": request(*GOOD, b"content-encoding: gzip"),
+    "a header of ours that takes time": request(*GOOD, b"x-vramp-deadline-ms: 5"),
+    "too many headers": request(*GOOD, *[b"x-%d: 1" % at for at in range(70)]),
+    "a large head": request(*GOOD, b"x: " + b"a" * 17_000),
+    "a large head without an end": b"POST /v1/chat/completions HTTP/1.1\r\nx: " + b"a" * 20_000,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_an_ordinary_request_is_recognised_and_its_bytes_are_kept(harness: Harness, name: str) -> None:
+    seen, handed_over = harness.send(RECOGNISED[name])
+    assert [(path, body) for path, _, body in seen] == [("/v1/chat/completions", BODY)]
+    assert handed_over == [RECOGNISED[name]]  # since nothing was decided
+
+
+@pytest.mark.parametrize("name", FOR_AIOHTTP)
+def test_everything_else_is_handed_over_untouched(harness: Harness, name: str) -> None:
+    seen, handed_over = harness.send(FOR_AIOHTTP[name])
+    assert seen == []
+    assert handed_over == [FOR_AIOHTTP[name]]
+
+
+def test_a_request_byte_by_byte_is_one_request(harness: Harness) -> None:
+    whole = RECOGNISED["plain"]
+    seen, handed_over = harness.send(*(whole[at : at + 1] for at in range(len(whole))))
+    assert [body for _, _, body in seen] == [BODY]
+    assert handed_over == [whole]
+
+
+def test_what_is_none_of_ours_is_handed_over_at_its_first_strange_byte(harness: Harness) -> None:
+    assert harness.send(b"PO") == ([], [])
+    assert harness.send(b"GE")[1] == [b"GE"]
+    assert harness.send(b"POST /v2")[1] == [b"POST /v2"]
+
+
+def test_a_pipelined_request_goes_along(harness: Harness) -> None:
+    whole = RECOGNISED["plain"] + RECOGNISED["any case"]
+    seen, handed_over = harness.send(whole)
+    assert len(seen) == 1
+    assert handed_over == [whole]
+
+
+def test_connections_that_come_and_go_leave_nothing(harness: Harness) -> None:
+    before = harness.relay.connections
+    for piece in (b"", b"POST /v1/chat", RECOGNISED["plain"][:-3]):
+        for _ in range(20):
+            harness.send(piece)
+    assert harness.relay.connections == before
+
+
+def as_aiohttp_reads(data: bytes) -> list[tuple[str, str, dict[str, str], bytes]]:
+    """Every whole request in these bytes; raises where aiohttp refuses them."""
+    loop = asyncio.new_event_loop()
+    try:
+        parser = HttpRequestParser(BaseProtocol(loop), loop, 2**16, max_line_size=8190, max_field_size=65536)
+        messages, _, _ = parser.feed_data(data)
+        return [
+            (
+                message.method,
+                message.path,
+                {name.lower(): value for name, value in message.headers.items()},
+                b"".join(piece[0] if isinstance(piece, tuple) else piece for piece in payload._buffer),
+            )
+            for message, payload in messages
+        ]
+    finally:
+        loop.close()
+
+
+PIECES = st.sampled_from(
+    [
+        *GOOD, *GOOD, *GOOD, b"content-length: 5", b"transfer-encoding: chunked", b"connection: close", b"x-a: 1",
+        b" folded", b"x-a : 1", b"x-a:\t1 ", b"host: y", b"X-Request-Id: abc", b"x\n: 1", b"x: \r", b"x: a\nb: c",
+        b"Authorization: b",
+    ]
+)  # fmt: skip
+FIRST = st.sampled_from(
+    [b"POST /v1/chat/completions HTTP/1.1"] * 6
+    + [b"POST /v1/embeddings HTTP/1.1", b"POST /v1/chat/completions HTTP/1.0", b"POST /v1/chat/completions  HTTP/1.1"]
+)
+
+
+@given(
+    first=FIRST,
+    lines=st.lists(PIECES, max_size=6),
+    whole=st.booleans(),
+    at=st.integers(0, 300),
+    noise=st.binary(max_size=2) | st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b":", b"\x00"]),
+    noisy=st.booleans(),
+)
+def test_what_is_recognised_is_what_aiohttp_reads(
+    first: bytes, lines: list[bytes], whole: bool, at: int, noise: bytes, noisy: bool
+) -> None:
+    data = request(*(GOOD if whole else ()), *lines, first=first)
+    if noisy:
+        data = data[: at % len(data)] + noise + data[at % len(data) :]
+    harness = Harness()
+    try:
+        seen, _ = harness.send(data)
+    finally:
+        harness.relay.close()
+    if not seen:
+        return
+    path, headers, body = seen[0]
+    read = as_aiohttp_reads(data[: data.index(b"\r\n\r\n") + 4 + len(body)])
+    assert len(read) == 1
+    assert read[0][:2] == ("POST", path)
+    assert read[0][3] == body
+    for name, value in headers.items():
+        assert read[0][2][name] == value
+    assert int(read[0][2]["content-length"]) == len(body)
