@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Protocol
 
+from scheduler.admission import AGEING_SHARE
 from scheduler.eviction.base import Candidate, Eviction
 from scheduler.forecast import drain_s
 from scheduler.ledger import DeviceLedger
@@ -190,3 +191,22 @@ def overdue(scene: Scene) -> Choice | None:
     if victims is None:
         return None
     return Choice(first, victims, "one of its requests has waited for longer than its class may")
+
+
+def worst_wait_s(
+    overdue_s: float, *, models: int, load_s: float, service_s: float, ahead: int, sequences: int
+) -> float:
+    """How long a ticket of a class can wait at most, in seconds, under every policy that asks `overdue` first:
+
+        overdue_s + (models + 1) x (load_s + service_s) + ceil(4 x (ahead + 1) / sequences) x service_s
+
+    `overdue_s` is the class's patience times `overdue_after`; `models` compete for the device, loads take `load_s` and
+    answers `service_s` at most, `ahead` tickets became overdue before it, and an engine takes `sequences` at a time.
+
+    Why: from `overdue_s` on, only what became overdue before goes before it. So each other model is loaded at most
+    once for that, after the load under way; before each load its victims drain, for one answer's length. What is
+    overdue leaves each engine in rounds of `sequences`, one grant in four at worst (`scheduler.admission`).
+    It holds as long as loads succeed and the memory is there; a model that takes all the memory counts like any other.
+    """
+    rounds = -(-AGEING_SHARE * (ahead + 1) // sequences)
+    return overdue_s + (models + 1) * (load_s + service_s) + rounds * service_s
