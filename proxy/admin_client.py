@@ -74,6 +74,15 @@ class Waiting(msgspec.Struct, frozen=True, rename={"latency_class": "class"}):
     count: int
 
 
+class QueueStatus(msgspec.Struct, frozen=True, rename={"latency_class": "class"}):
+    """Requests of one tenant that wait for one model in one latency class."""
+
+    model: str
+    latency_class: str
+    tenant: str
+    count: int
+
+
 class DecisionStatus(msgspec.Struct, frozen=True):
     """What the scheduler did and why; `t_s` on the server's clock, whose present is `uptime_s`."""
 
@@ -92,6 +101,7 @@ class Status(msgspec.Struct, frozen=True):
     devices: tuple[DeviceStatus, ...] = ()
     models: tuple[ModelStatus, ...] = ()
     waiting: tuple[Waiting, ...] = ()
+    queues: tuple[QueueStatus, ...] = ()
     decisions: tuple[DecisionStatus, ...] = ()
 
 

@@ -27,6 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from ext.backend import BACKEND
 from proxy import __version__
 from proxy.admin.api import Admin
+from proxy.admin.scheduler import scheduler_view
 from proxy.admin.status import status
 from proxy.assembly import Local, devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog, Deployment
@@ -51,6 +52,7 @@ from scheduler.driver import Scheduler
 from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
 from scheduler.engines.supervisor import Supervisor
 from scheduler.events import ConfigChanged, LoadAsked
+from scheduler.footprint_file import FootprintFile
 
 log = logging.getLogger("vramp")
 
@@ -86,11 +88,13 @@ class App:
         """Serve until SIGTERM, then drain."""
         listeners = inherited_listeners()
         adoptable = await self._supervisor.adopt()
+        footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
         core = Core(
             [device.spec for device in self._devices],
             [local.spec for local in self._locals],
             settings_of(self._config),
             engines_before=max((_number(handle.engine_id) for handle in adoptable), default=0),
+            footprints=footprint_file.load(),
         )
         self._scheduler = Scheduler(
             core,
@@ -99,6 +103,7 @@ class App:
             {local.spec.name: local.launch for local in self._locals},
             measure_interval_s=self._config.devices.measure_interval_s,
             observe=self._scheduler_metrics.observe,
+            footprint_file=footprint_file,
         )
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
@@ -148,6 +153,7 @@ class App:
             status=self._status,
             models=lambda: [self._profile(deployment) for deployment in self._catalog],
             metrics=self._expose,
+            scheduler_state=lambda: scheduler_view(self._scheduler, asyncio.get_running_loop().time()),
             ready=lambda: self._handler.ready,
             keys=lambda: tuple(key.secret.reveal() for key in self._secrets.admin_keys),
         )
@@ -165,7 +171,9 @@ class App:
             alive = launch is not None and await self._answers(launch.kind, handle.base_url)
             if alive:
                 log.info("took over %s", handle.engine_id)
-                self._scheduler.adopt(handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision)
+                self._scheduler.adopt(
+                    handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision, handle.partners
+                )
             else:
                 await self._supervisor.stop(handle.engine_id, 5.0)
 

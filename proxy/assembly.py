@@ -5,6 +5,7 @@ Reads model folders; does nothing on its own.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -18,12 +19,20 @@ from scheduler.devices.discover import discover
 from scheduler.driver import Launch
 from scheduler.engines.base import EngineKind
 from scheduler.engines.command import CommandKind
-from scheduler.engines.estimate import NotAModel, default_kv_cache, estimate_memory, kv_tokens
+from scheduler.engines.estimate import (
+    OVERHEAD_GPU,
+    NotAModel,
+    default_kv_cache,
+    estimate_memory,
+    kv_tokens,
+    weight_bytes,
+)
 from scheduler.engines.simulated import SimulatedKind
 from scheduler.engines.vllm import VllmKind
 from scheduler.model import ModelSpec, SchedulerSettings
 
 NVIDIA, HOST, SIMULATED = "nvidia", "host", "simulated"
+SIMULATED_SLEEP_KEEPS = 10  # a tenth of a simulated engine's memory stays where it is
 UNBOUNDED_KV_TOKENS = 1 << 40  # an engine whose KV cache we do not know: its sequences alone are counted
 
 
@@ -53,6 +62,7 @@ def settings_of(config: Config) -> SchedulerSettings:
         pressure_threshold=config.devices.pressure_threshold,
         max_wait_s=config.timeouts.max_wait_s,
         max_waiting=config.limits.max_waiting,
+        sleep_memory_bytes=byte_size(config.devices.sleep_memory),
     )
 
 
@@ -64,9 +74,12 @@ def locals_of(config: Config, catalog: Catalog, devices: Sequence[Device]) -> li
 def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) -> Local:
     model, backend = deployment.model, deployment.backend
     device = _device_for(backend, devices)
+    sleeps = byte_size(config.devices.sleep_memory) > 0
     try:
-        memory, cache = _memory(model, cpu=device != NVIDIA, warm=backend.warm)
-        tokens = _kv_tokens(model, cache)
+        parallel = _tensor_parallel(model, backend)
+        memory, cache = _memory(model, cpu=device != NVIDIA, warm=backend.warm, parallel=parallel)
+        tokens = _kv_tokens(model, cache) * parallel
+        keeps, in_host = _asleep(model, backend, device, memory, sleeps=sleeps)
     except NotAModel as error:
         raise ConfigError([f"models[{model.id}].path: {error}"]) from error
     spec = ModelSpec(
@@ -78,9 +91,13 @@ def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) ->
         pinned=model.pinned,
         ttl_s=model.ttl_s if model.ttl_s is not None else config.defaults.ttl_s,
         max_queue=model.max_queue if model.max_queue is not None else config.defaults.max_queue,
-        revision=_revision(deployment, device),
+        revision=_revision(deployment, device, sleeps=keeps is not None),
+        stated=model.memory_bytes is not None,
+        devices_needed=parallel,
+        sleep_keeps_bytes=keeps,
+        sleep_host_bytes=in_host,
     )
-    kind = _kind(model, backend, device, memory, cache, devices)
+    kind = _kind(model, backend, device, memory, cache, devices, sleep=keeps is not None)
     return Local(spec, Launch(kind, backend.start_timeout_s, backend.stop_timeout_s))
 
 
@@ -92,8 +109,41 @@ def _device_for(backend: BackendConfig, devices: Sequence[Device]) -> str:
     return NVIDIA if any(device.spec.kind == NVIDIA for device in devices) else HOST
 
 
-def _memory(model: ModelConfig, *, cpu: bool, warm: bool) -> tuple[int, int]:
-    """(bytes in all, bytes of them KV cache); what is not stated is estimated from the model's own files."""
+def _tensor_parallel(model: ModelConfig, backend: BackendConfig) -> int:
+    """How many devices vLLM is told to spread the model over."""
+    if backend.kind != "vllm":
+        return 1
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    try:
+        found, _ = parser.parse_known_args([*backend.args, *model.args])
+    except argparse.ArgumentError as error:
+        raise ConfigError([f"models[{model.id}].args: {error}"]) from error
+    if found.tensor_parallel_size < 1:
+        said = f"--tensor-parallel-size is {found.tensor_parallel_size}; use 1 or more"
+        raise ConfigError([f"models[{model.id}].args: {said}"])
+    return int(found.tensor_parallel_size)
+
+
+def _asleep(
+    model: ModelConfig, backend: BackendConfig, device: str, memory: int, *, sleeps: bool
+) -> tuple[int | None, int]:
+    """(bytes that stay on each device, bytes of host memory) while its engine sleeps; None where it cannot.
+
+    vLLM sleeps on GPUs only; what stays is its CUDA context and graphs. An embedding model has no token that would tell
+    whether it woke as it was.
+    """
+    if not sleeps or model.task != "generate":
+        return None, 0
+    if backend.kind == "simulated":
+        return memory // SIMULATED_SLEEP_KEEPS, memory - memory // SIMULATED_SLEEP_KEEPS
+    if backend.kind != "vllm" or device in (HOST, SIMULATED) or model.path is None:
+        return None, 0
+    return min(OVERHEAD_GPU, memory), weight_bytes(model.path)
+
+
+def _memory(model: ModelConfig, *, cpu: bool, warm: bool, parallel: int) -> tuple[int, int]:
+    """(bytes on each device, bytes of them KV cache); what is not stated is estimated from the model's own files."""
     sequences = model.max_sequences
     cache = byte_size(model.kv_cache_bytes) if model.kv_cache_bytes is not None else 0
     if model.path is not None and not cache:
@@ -102,7 +152,9 @@ def _memory(model: ModelConfig, *, cpu: bool, warm: bool) -> tuple[int, int]:
         return byte_size(model.memory_bytes), cache
     if model.path is None:
         raise ConfigError([f"models[{model.id}].memory_bytes is missing; say how much memory its engine takes"])
-    return estimate_memory(model.path, kv_cache_bytes=cache, cpu=cpu, warm=warm, max_sequences=sequences), cache
+    whole = estimate_memory(model.path, kv_cache_bytes=cache, cpu=cpu, warm=warm, max_sequences=sequences)
+    weights = weight_bytes(model.path)  # these are divided; cache (a size per device), step and runtime are not
+    return whole - weights + -(-weights // parallel), cache
 
 
 def _kv_tokens(model: ModelConfig, cache: int) -> int:
@@ -112,7 +164,14 @@ def _kv_tokens(model: ModelConfig, cache: int) -> int:
 
 
 def _kind(
-    model: ModelConfig, backend: BackendConfig, device: str, memory: int, cache: int, devices: Sequence[Device]
+    model: ModelConfig,
+    backend: BackendConfig,
+    device: str,
+    memory: int,
+    cache: int,
+    devices: Sequence[Device],
+    *,
+    sleep: bool,
 ) -> EngineKind:
     env = {**backend.env, **model.env}
     if backend.kind == "command":
@@ -140,17 +199,20 @@ def _kind(
         env=env,
         max_sequences=model.max_sequences,
         max_context=model.max_context,
-        device_share=min(1.0, memory / largest),
+        # The ledger has booked the memory; half of the estimate, because what was learned since may be less than it,
+        # and vLLM's own check would then refuse a start that fits. The cache has a fixed size whatever the share.
+        device_share=min(1.0, 0.5 * memory / largest),
         warm=backend.warm,
+        sleep=sleep,
     )
 
 
-def _revision(deployment: Deployment, device: str) -> str:
+def _revision(deployment: Deployment, device: str, *, sleeps: bool) -> str:
     """Changes exactly when an engine would have to be started differently; a new profile text does not restart it."""
     model, backend = deployment.model, deployment.backend
     started_with = (
         model.id, model.path, model.upstream_model, model.task, model.command, model.args, model.env,
         model.kv_cache_bytes, model.max_sequences, model.max_context, model.simulated,
-        backend.kind, backend.python, backend.args, backend.env, device, deployment.ranks,
+        backend.kind, backend.python, backend.args, backend.env, device, deployment.ranks, sleeps,
     )  # fmt: skip
     return sha256(msgspec.json.encode(started_with, order="deterministic")).hexdigest()[:16]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from proxy.admin_client import AdminError, DecisionStatus, DeviceStatus, ModelStatus, Status
+from proxy.admin_client import AdminError, DecisionStatus, DeviceStatus, ModelStatus, QueueStatus, Status
 from proxy.sizes import format_size
 
 BAR_CELLS: Final = 24
@@ -30,8 +30,10 @@ PROFILE: Final = {
 CHIEF: Final = ("id", "where", "task", "state", "memory_bytes", "max_context", "cost_tier")
 WIDE: Final = 160
 DECISIONS: Final = 8
+QUEUES: Final = 12  # the longest; a tenant's name is no secret to an operator
 STYLES: Final = {
-    "ready": "green", "loading": "yellow", "draining": "yellow", "stopping": "yellow", "failed": "red", "cold": "dim",
+    "ready": "green", "loading": "yellow", "draining": "yellow", "stopping": "yellow", "suspending": "yellow",
+    "waking": "yellow", "asleep": "cyan", "failed": "red", "cold": "dim",
 }  # fmt: skip
 
 
@@ -45,8 +47,10 @@ def status_view(status: Status) -> RenderableType:
     """Devices, models, queue and the last decisions."""
     head = f"vramp {status.version} ({status.backend}), up {_ago(status.uptime_s)}, {status.config}"
     waiting = ", ".join(f"{group.count} {group.latency_class}" for group in status.waiting if group.count)
-    parts = [Text(head, style="dim"), _devices(status.devices), _models(status.models)]
+    parts: list[RenderableType] = [Text(head, style="dim"), _devices(status.devices), _models(status.models)]
     parts.append(Text(f"waiting: {waiting or 'nobody'}"))
+    if status.queues:
+        parts.append(_queues(status.queues))
     if status.decisions:
         parts += [Text(""), Text("last decisions", style="bold")]
         parts += [_decision(decision, status.uptime_s) for decision in status.decisions[-DECISIONS:]]
@@ -133,6 +137,20 @@ def _models(models: tuple[ModelStatus, ...]) -> Table:
             "note": Text(model.note or ""),
         }
         for model in models
+    ]
+    return _filled(rows)
+
+
+def _queues(queues: tuple[QueueStatus, ...]) -> Table:
+    longest = sorted(queues, key=lambda queue: queue.count, reverse=True)[:QUEUES]
+    rows = [
+        {
+            "queue of": Text(queue.model),
+            "class": Text(queue.latency_class),
+            "tenant": Text(queue.tenant or "(none)"),
+            "waiting": Text(str(queue.count)),
+        }
+        for queue in longest
     ]
     return _filled(rows)
 

@@ -140,6 +140,16 @@ class DevicesConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     gpu_reserve: Annotated[
         str, Key("Memory of each GPU that is never promised to a model.", form="size", low=0, high=PIB)
     ] = "512MiB"
+    sleep_memory: Annotated[
+        str,
+        Key(
+            "Host memory for engines that sleep: where an engine can (vLLM on a GPU, simulated), an eviction moves its "
+            "weights there, and it is back within seconds. 0B: evicted engines are stopped.",
+            form="size",
+            low=0,
+            high=PIB,
+        ),
+    ] = "0B"
     nvidia: Annotated[bool, Key("Whether NVIDIA GPUs are looked for and used.")] = True
     simulated: tuple[SimulatedDevice, ...] = ()
     measure_interval_s: Annotated[float, Key("How often the memory of devices is measured.", low=0.1, high=3600)] = 2.0
@@ -394,6 +404,14 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_header: Annotated[str, Key("Largest request head.", form="size", low=4 << 10, high=MIB)] = "64KiB"
     max_json_depth: Annotated[int, Key("Deepest nesting of a JSON body.", low=8, high=1024)] = 256
     max_waiting: Annotated[int, Key("Most requests that wait, all models together.", low=1, high=10_000_000)] = 20_000
+    embed_window_ms: Annotated[
+        float,
+        Key(
+            "How long embedding calls gather while their engine is busy, to go there as one. 0: never.",
+            low=0,
+            high=1000,
+        ),
+    ] = 3.0
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

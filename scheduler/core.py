@@ -17,7 +17,7 @@ Cost: arrive and finish O(1); everything else O(models) at most.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import inf
 
 from scheduler.admission import Waiting
@@ -739,6 +739,10 @@ class Core:
                 return f"{name} makes room for another model first"
             case _:
                 return f"making room for {name}"
+
+    def waiting_tickets(self) -> Iterator[Ticket]:
+        """Everybody who waits, in the order of arrival."""
+        return (waiting.ticket for waiting in self._waiting.values())
 
     def waiting_by_class(self) -> list[int]:
         """How many tickets wait in each latency class. O(models)."""

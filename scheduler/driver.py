@@ -36,7 +36,7 @@ from scheduler.events import (
     Tick,
     UnloadAsked,
 )
-from scheduler.footprints import FootprintFile
+from scheduler.footprint_file import FootprintFile
 from scheduler.model import RefusalCode, Residency, Ticket
 
 log = logging.getLogger("vramp.scheduler")

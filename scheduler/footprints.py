@@ -4,21 +4,13 @@ One figure a start: the most that was measured on any one device while the engin
 engine was started with (`revision`) and the kind of device, the last `STARTS` of each. The 90th percentile is what the
 next start is booked with; by the nearest rank, so that it is the largest figure until there are ten.
 
-Pure but for `FootprintFile`. Sizes are bytes.
+Sizes are bytes. `scheduler.footprint_file` keeps them.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import OrderedDict
-from pathlib import Path
 
-import msgspec
-
-log = logging.getLogger("vramp.scheduler")
-
-VERSION = 1
 STARTS = 32  # figures kept for each key: a percentile needs no more, and old ones are of other library versions
 KEYS = 1000  # the least recently learned of more are forgotten
 QUANTILE = 90
@@ -76,47 +68,3 @@ class Footprints:
 
 def _key(revision: str, device_kind: str) -> str:
     return f"{device_kind}/{revision}"
-
-
-class _Stored(msgspec.Struct, forbid_unknown_fields=True):
-    version: int
-    figures: dict[str, list[int]]
-
-
-class FootprintFile:
-    """Footprints on disk. A file that cannot be read is set aside and said so: learning again costs little."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def load(self) -> Footprints:
-        """What was learned before; empty without a usable file. Raises nothing."""
-        try:
-            stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
-        except FileNotFoundError:
-            return Footprints()
-        except (OSError, msgspec.DecodeError) as error:
-            self._set_aside(str(error))
-            return Footprints()
-        if stored.version != VERSION:
-            self._set_aside(f"it is of version {stored.version}, and this is version {VERSION}")
-            return Footprints()
-        return Footprints.of(stored.figures)
-
-    def save(self, figures: dict[str, list[int]]) -> None:
-        """Written beside and renamed: a crash leaves the old file or the new one. Raises OSError."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        with beside.open("wb") as file:
-            file.write(msgspec.json.encode(_Stored(VERSION, figures)))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
-
-    def _set_aside(self, why: str) -> None:
-        aside = self._path.with_suffix(".unusable")
-        log.warning("%s cannot be used (%s): kept as %s, footprints are learned anew", self._path, why, aside.name)
-        try:
-            self._path.replace(aside)
-        except OSError as error:
-            log.warning("%s could not be set aside: %s", self._path, error)

@@ -35,6 +35,7 @@ class Admin:
         status: Callable[[], dict[str, Any]],
         models: Callable[[], list[dict[str, Any]]],
         metrics: Callable[[], Awaitable[tuple[bytes, str]]],
+        scheduler_state: Callable[[], dict[str, Any]],
         ready: Callable[[], bool],
         keys: Callable[[], tuple[str, ...]],
     ) -> None:
@@ -42,6 +43,7 @@ class Admin:
         self._status = status
         self._models = models
         self._metrics = metrics
+        self._scheduler_state = scheduler_state
         self._ready = ready
         self._keys = keys
 
@@ -55,6 +57,7 @@ class Admin:
                 web.get("/metrics", self.metrics),
                 web.get("/admin/api/status", self.status),
                 web.get("/admin/api/models", self.models),
+                web.get("/admin/api/scheduler", self.scheduler),
                 web.post("/admin/api/models/{model:.+}/load", self.load),
                 web.post("/admin/api/models/{model:.+}/unload", self.unload),
             ]
@@ -104,6 +107,10 @@ class Admin:
     async def models(self, _: web.Request) -> web.Response:
         """Models with their whole profiles."""
         return _json({"models": self._models()})
+
+    async def scheduler(self, _: web.Request) -> web.Response:
+        """Ledger, residency, queues by class and tenant, the last decisions with their reasons."""
+        return _json(self._scheduler_state())
 
     async def load(self, request: web.Request) -> web.StreamResponse:
         """Make a model resident; NDJSON progress until it is ready or has failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from proxy.admin.scheduler import decisions, queues
 from proxy.config import Config, ModelConfig
 from scheduler.driver import Scheduler
 from scheduler.ledger import DeviceLedger
@@ -27,7 +28,8 @@ def status(
             {"class": c.name.lower(), "count": count}
             for c, count in zip(LatencyClass, core.waiting_by_class(), strict=True)
         ],
-        "decisions": [{"t_s": d.at_s, "what": d.what, "why": d.why} for d in scheduler.decisions],
+        "queues": queues(scheduler),
+        "decisions": decisions(scheduler.decisions),
     }
 
 
@@ -51,8 +53,8 @@ def _model(state: ModelState, model: ModelConfig | None, scheduler: Scheduler, n
     engine = state.engine
     holding = scheduler.core.devices[engine.device].holding(engine.id) if engine is not None else None
     _, url = scheduler.engine_urls().get(engine.id, ("", None)) if engine is not None else ("", None)
-    waits = state.state in (Residency.LOADING, Residency.COLD) and (
-        len(state.queue) > 0 or state.state is Residency.LOADING
+    waits = state.state in (Residency.LOADING, Residency.WAKING) or (
+        state.state in (Residency.COLD, Residency.ASLEEP) and len(state.queue) > 0
     )
     return {
         "id": state.spec.name,
@@ -65,7 +67,7 @@ def _model(state: ModelState, model: ModelConfig | None, scheduler: Scheduler, n
         "state": state.state.value,
         "note": state.last_error if state.state is Residency.FAILED else state.note,
         "progress": round(state.progress, 3),
-        "memory_bytes": state.spec.memory_bytes,
+        "memory_bytes": state.booked_bytes,
         "measured_bytes": holding.measured if holding is not None else None,
         "pinned": state.spec.pinned,
         "in_flight": engine.in_flight if engine is not None else 0,

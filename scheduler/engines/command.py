@@ -9,6 +9,7 @@ import aiohttp
 
 from scheduler.engines.base import Progress, SpawnSpec
 from scheduler.engines.probing import probe_openai
+from scheduler.engines.sleeping import SleepControls
 
 PERCENT = re.compile(r"\b(\d{1,3})(?:\.\d+)?\s?%")
 NOTE_LIMIT = 160
@@ -22,7 +23,7 @@ class CommandKind:
     """
 
     name = "command"
-    sleep_controls = None
+    sleep_controls: SleepControls | None = None
 
     def __init__(
         self,
