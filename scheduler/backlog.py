@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-SQUARE = 0.5
-
 
 class Backlog:
     """Sums over the waiting tickets of one model.
@@ -65,4 +63,4 @@ class Backlog:
         t = now - self._epoch
         square = self._k2 * t * t - 2.0 * self._k2t * t + self._k2tt
         cube = self._k3 * t * t * t - 3.0 * self._k3t * t * t + 3.0 * self._k3tt * t - self._k3ttt
-        return max(0.0, SQUARE * square / scale**2 + (1.0 - SQUARE) * cube / scale**3)
+        return max(0.0, 0.5 * (square / scale**2 + cube / scale**3))

@@ -29,7 +29,6 @@ from scheduler.ordering import Choice, Ordering, Scene
 from scheduler.state import EngineState, ModelState
 from scheduler.timers import Timers
 
-DRAIN_AHEAD = 1.0  # of its expected length, how long before the end of the load under way a drain begins
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
 FIRM = (StopCause.OPERATOR, StopCause.CONFIGURATION)  # not taken back when somebody wants the model after all
 SLEEPS = (StopCause.EVICTED, StopCause.PRESSURE)  # an engine given up for these may come back
@@ -70,9 +69,9 @@ class Placement:
         self._planned: dict[str, str] = {}  # by device: the model that the last plan wants next
         self._made_room_for: dict[str, str] = {}  # by device: the model for which victims have been stopped
         self._engine_count = engines_before
-        self.departures = Departures(self.devices, timers or Timers(), limit_s=5.0)
+        self.departures = Departures(self.devices, Timers() if timers is None else timers, limit_s=5.0)
         self.sleep_memory = SleepMemory(0)
-        self.footprints = footprints or Footprints()
+        self.footprints = Footprints() if footprints is None else footprints
         for model in self.models.values():
             self.book(model)
 
@@ -273,7 +272,7 @@ class Placement:
             return
         if ledger.starting is not None:
             starting = self._by_engine[ledger.starting]
-            drain = DRAIN_AHEAD * drain_s(victim.in_flight, victim.demand.mean_service_s())
+            drain = drain_s(victim.in_flight, victim.demand.mean_service_s())
             begin = now + starting.expected_load_s(now) - drain
             if not self.ordering.just_in_time:
                 return

@@ -1,21 +1,24 @@
 """The default: on-time requests per load second, with regret, forecast, and weight for those who are late already.
 
-The score of loading a model is what it gains over the load seconds to the power `STEEP`. It gains
+A model's score is what loading it next gains, per second that this takes. It gains
 
-1. the waiting requests that are on time if it loads now, less `REGRET` of those that still would be if it loaded some
-   seconds later: what can wait, waits;
+1. the waiting requests that are on time if it loads now, less `REGRET` of those that still would be if it loaded
+   `LATER_S` later: what can wait, waits;
 2. the weight of age: whoever is late still counts, the more the longer, close to (age / A)^2.5, where A follows the
    99th percentile of the wait that llama-swap's rule would cause on the same arrivals (`scheduler.policies.shadow`);
-3. the requests expected for it in the next seconds;
 
-and it loses what its victims are worth: the requests expected for them, but no more than bringing them back costs.
+and it loses what its victims are worth: the requests expected for them, but no more than bringing them back costs, and
+those that come while they drain. The seconds are those of the load and, counted `DRAIN_COST` times, those for which the
+device stands idle until the victims have drained; they weigh with a power slightly above one, because what is loaded
+quickly can be followed by something else sooner.
 
-`tail`, a factor on A, is the one setting. At 1 nobody is left behind and the 99th percentile of the wait stays near
-that of llama-swap's rule, with far more requests on time; that is the default, because a proxy's callers time out. At
-3, more requests are on time and the late ones wait longer.
+`tail`, a factor on A, is the one setting. At 1.1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
+that of llama-swap's rule, with far more requests on time. At 6 (`SHARE_FIRST`) more still are on time, and the late
+ones wait some two to three times as long. The tail is held by default because callers of a proxy time out: an answer
+after minutes is worth nothing to them, and two points of share do not make up for it.
 
-A plan is revised at every event until its victims are idle; being planned counts like one request more, else two
-equal models would take turns at draining each other's victims.
+No wait is longer than `scheduler.ordering.worst_wait_s`. The parameters were found on redraws of two public traces
+(arrivals jittered, models permuted over sizes, other windows); docs/scheduling.md has what they reach elsewhere.
 """
 
 from __future__ import annotations
@@ -28,21 +31,18 @@ from scheduler.ordering import Choice, Scene, overdue
 from scheduler.policies.shadow import CollateShadow
 from scheduler.state import ModelState
 
-TAIL_HELD, SHARE_FIRST = 1.0, 3.0
+TAIL_HELD, SHARE_FIRST = 1.1, 6.0
 
-REGRET = 0.2
-LATER_S = 8.0
-AHEAD_S = 8.0  # requests expected for a model within so many seconds of its load count
-VICTIM_AHEAD_S = 2.0  # and for a victim
-RETURN_WORTH = 1.5  # a second of load to bring a victim back is worth so many requests
-STEEP = 1.3
-PLANNED = 1.0
+REGRET = 0.4
+LATER_S = 5.0
+VICTIM_AHEAD_S = 8.0  # requests expected for a victim within so many seconds count,
+RETURN_WORTH = 0.1  # but a second of load to bring it back is worth no more than so many requests
 DRAIN_COST = 1.5  # a second of waiting for victims to drain, in seconds of load
-DRAIN_LOSS = 0.0
-LATE = 1.0
-LATE_STEEP = 1.3
+DRAIN_LOSS = 0.25  # of a request on time, for each that is expected at a victim while it drains
+STEEP = 1.15
 LEAST_SCALE = 1.0  # in multiples of the patience
 YARDSTICK_S = 1.0  # A is looked up so often
+LEAST_COST_S = 1e-3
 
 
 class Regret:
@@ -114,25 +114,20 @@ class Regret:
     ) -> float:
         """O(victims + log waiting)."""
         begin = max(scene.link_free_s, scene.drained_at(victims)) if victims else scene.link_free_s
-        cost = model.seconds_to_load + DRAIN_COST * (begin - scene.link_free_s)
         ready = begin + model.seconds_to_load
+        cost = model.seconds_to_load + DRAIN_COST * (begin - scene.link_free_s)
         backlog = model.queue.backlog
-        gain = backlog.on_time(ready) - REGRET * backlog.on_time(ready + LATER_S)
-        late = LATE * backlog.weight(ready, scale)
-        gain += AHEAD_S * model.demand.rate(scene.now, scene.watched_s)
-        if model.spec.name == scene.planned:
-            gain += PLANNED
+        gain = backlog.on_time(ready) - REGRET * backlog.on_time(ready + LATER_S) + backlog.weight(ready, scale)
         for victim in victims:
             gain -= worth[victim.model]
-        cost = max(cost, 1e-3)
-        return float(gain / cost**STEEP + late / cost**LATE_STEEP)
+        return float(gain / max(cost, LEAST_COST_S) ** STEEP)
 
     def _worth(self, victim: Candidate, scene: Scene) -> float:
         rate = scene.residents[victim.model].demand.rate(scene.now, scene.watched_s)
-        w = min(VICTIM_AHEAD_S * rate, RETURN_WORTH * victim.load_s)
-        if DRAIN_LOSS and victim.in_flight:
-            w += DRAIN_LOSS * rate * (scene.drained_at((victim,)) - scene.now)
-        return w
+        worth = min(VICTIM_AHEAD_S * rate, RETURN_WORTH * victim.load_s)
+        if victim.in_flight:
+            worth += DRAIN_LOSS * rate * (scene.drained_at((victim,)) - scene.now)
+        return worth
 
     def _scale(self, scene: Scene) -> float:
         """A, in multiples of the patience of the standard class. The percentile is looked up once a second."""

@@ -46,8 +46,8 @@ def busy_hour(seed: int, models: int, seconds: float) -> list[Request]:
     while now < seconds:
         now += rng.expovariate(0.6)
         model = f"m{min(models - 1, int(rng.expovariate(4 / models))):02d}"
-        for _ in range(rng.choice((1, 1, 2, 5))):
-            out.append(Request(now, model, 100, int(rng.expovariate(1 / 200))))
+        burst = range(rng.choice((1, 1, 2, 5)))
+        out += [Request(now, model, 100, int(rng.expovariate(1 / 200))) for _ in burst]
     return out
 
 
@@ -66,9 +66,7 @@ def test_four_of_five_waits_end_inside_the_interval_quoted_when_they_began(seed:
     outcome = Simulation(core, REFERENCE.service_s, requests, observe=watch).run()
     late = sorted(quotes)[100:]  # what comes first has nothing to learn from
     assert len(late) > 200
-    inside = sum(
-        quotes[i][0] - 0.1 <= requests[i].at_s + outcome.waits_s[i] <= quotes[i][1] + 0.1 for i in late
-    )
+    inside = sum(quotes[i][0] - 0.1 <= requests[i].at_s + outcome.waits_s[i] <= quotes[i][1] + 0.1 for i in late)
     assert 0.7 <= inside / len(late) <= 0.92
 
 

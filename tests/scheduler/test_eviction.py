@@ -45,11 +45,15 @@ def test_a_busy_engine_is_the_last_to_go(policy: Ranking) -> None:
 
 
 def test_lru_goes_by_the_last_use() -> None:
-    assert names(Lru().victims([resident("new", last_used_s=9.0), resident("old", last_used_s=1.0)], 1, 10.0)) == ["old"]
+    assert names(Lru().victims([resident("new", last_used_s=9.0), resident("old", last_used_s=1.0)], 1, 10.0)) == [
+        "old"
+    ]
 
 
 def test_lfu_goes_by_the_count_of_uses() -> None:
-    assert names(Lfu().victims([resident("often", uses=9), resident("rare", uses=2, last_used_s=9.0)], 1, 10.0)) == ["rare"]
+    assert names(Lfu().victims([resident("often", uses=9), resident("rare", uses=2, last_used_s=9.0)], 1, 10.0)) == [
+        "rare"
+    ]
 
 
 def test_gdsf_and_landlord_give_up_the_large_one_of_equal_use() -> None:
