@@ -37,6 +37,7 @@ class Outcome(msgspec.Struct):
     cached_tokens: int | None = None
     output_tokens: int | None = None
     finish_reason: str | None = None
+    packed: int = 1  # callers whose inputs went upstream in one call
 
     def headers(self, *, waiting: bool = False) -> dict[str, str]:
         """What is known by now, as response headers. While still `waiting`, nobody knows yet who will answer."""
@@ -49,6 +50,8 @@ class Outcome(msgspec.Struct):
             known["x-vramp-reason"] = self.reason
             known["x-vramp-wait-ms"] = self.wait_ms()
             known["x-vramp-attempts"] = str(self.attempts)
+            if self.packed > 1:
+                known["x-vramp-packed"] = str(self.packed)
         return known
 
     def wait_ms(self) -> str:

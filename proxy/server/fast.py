@@ -28,6 +28,7 @@ from proxy.server.fast_exchange import Dates, Exchange
 from proxy.server.fast_plans import Plans
 from proxy.server.handler import LEFT, Handler, Tried, request_id_of
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
+from proxy.server.packing import PATH as EMBEDDINGS
 from proxy.server.record import PASSED, PASSED_PREFIXES
 from proxy.server.state import State
 from proxy.server.targets import Targets
@@ -167,6 +168,10 @@ class FastLane:
 
     def _on_engine(self, exchange: Exchange, spans: Spans) -> bool:
         plan, leases, outcome = exchange.plan, self.handler.leases, exchange.outcome
+        name = plan.candidate.deployment.name
+        packer = plan.state.packer if exchange.client.path == EMBEDDINGS else None
+        if packer is not None and packer.is_busy(name):
+            return False  # it may go together with others
         call = copy(plan.call)
         call.tenant, call.prompt_tokens_estimate = outcome.tenant, estimated_tokens(outcome.bytes_in)
         ticket = ticket_for(call, plan.candidate, plan.state, leases, outcome)
@@ -174,11 +179,15 @@ class FastLane:
         if lease is None:
             return False
         exchange.ticket_id, exchange.engine_id = ticket.id, lease.engine_id
+        if packer is not None:
+            exchange.packer = packer
+            packer.begin(name)
         sent = False
         try:
             sent = self._sent(exchange, spans, lease.base_url)
         finally:
             if not sent:
+                exchange.unpack()
                 leases.give_back(ticket.id)
         return sent
 

@@ -20,6 +20,7 @@ from proxy.server.answer import STREAM_HEADERS, closing_comment
 from proxy.server.fast_plans import Plan, head_of
 from proxy.server.handler import LEFT, Handler, Tried, cut_off_error, total_error
 from proxy.server.journey import FAILOVER_STATUSES, AttemptFailed, EngineBroke, error_of, first_byte_error
+from proxy.server.packing import Packer
 from proxy.server.record import check_body, is_whole, record_body, record_stream, refusal_of, withholds_usage
 from proxy.server.relay import idle_error
 
@@ -76,6 +77,7 @@ class Exchange(msgspec.Struct, eq=False):
     headers: Mapping[str, str] = {}  # of a stream
     comments: bytes = b""  # that were held back
     lengthy: bool = False  # the client was told a length
+    packer: Packer | None = None  # who was told that this engine is busy with it
     settled: bool = False
     tried: Tried | None = None
 
@@ -231,11 +233,18 @@ class Exchange(msgspec.Struct, eq=False):
         self._give_back()
         self.lane.handler.end(self.outcome, self.lane.now_s)
 
+    def unpack(self) -> None:
+        """Others need not gather because of this one any more. Idempotent."""
+        packer, self.packer = self.packer, None
+        if packer is not None:
+            packer.end(self.plan.candidate.deployment.name)
+
     def _give_back(self) -> None:
         """What is held goes back before anybody else may need it."""
         if self.slots is not None:
             self.slots.give()
         elif self.ticket_id:
+            self.unpack()
             used = self.outcome.prompt_tokens if self.outcome.error is None else None
             output = None if used is None else self.outcome.output_tokens or 0
             self.lane.handler.leases.give_back(self.ticket_id, used, output)

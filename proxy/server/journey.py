@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -23,10 +24,12 @@ from proxy.dialects.endpoints import WITH_PRIORITY, WITH_STREAM_OPTIONS
 from proxy.dialects.splice import splice
 from proxy.errors import CallError, InvalidRequest, NotFound, Unavailable, UpstreamFailed, UpstreamTimedOut
 from proxy.observe.outcome import Outcome
-from proxy.providers.base import Broken, Unreachable
+from proxy.providers.base import Broken, Unreachable, Upstream
 from proxy.routing.router import Candidate
 from proxy.server.answer import Answer
 from proxy.server.body import read_body
+from proxy.server.packing import PATH as EMBEDDINGS
+from proxy.server.packing import Engine, Split
 from proxy.server.record import UpstreamRefused
 from proxy.server.relay import Relay
 from proxy.server.state import State
@@ -212,15 +215,14 @@ class Journey:
 
     async def _exchange(self, call: Call, candidate: Candidate, relay: Relay, base_url: str | None) -> None:
         deployment = candidate.deployment
-        provider = self._state.providers[deployment.backend.name]
         timeouts = self._state.config.timeouts
         self._watch.limit(timeouts.first_byte_s, first_byte_error(timeouts))
         body = splice(call.body, changes_for(call, deployment), call.spans)
         asked_s = self._watch.now()
         try:
-            async with provider.send(
-                self._endpoint.upstream_path, body, forwarded(self._request.headers), base_url=base_url
-            ) as upstream:
+            async with self._send(deployment, body, base_url) as upstream:
+                if isinstance(upstream, Split):
+                    self._outcome.packed = upstream.callers
                 if 200 <= upstream.status < 300:
                     await relay.carry(upstream, asked_s)
                     return
@@ -229,6 +231,14 @@ class Journey:
         except (Unreachable, Broken) as problem:
             raise AttemptFailed(error_of(call, problem)) from problem
         raise AttemptFailed(refused) if status in FAILOVER_STATUSES else refused
+
+    def _send(self, deployment: Deployment, body: bytes, base_url: str | None) -> AbstractAsyncContextManager[Upstream]:
+        provider, packer = self._state.providers[deployment.backend.name], self._state.packer
+        headers = forwarded(self._request.headers)
+        # whoever sends headers along wants to be seen upstream by itself
+        if packer is not None and base_url is not None and self._endpoint.path == EMBEDDINGS and not headers:
+            return packer.send(Engine(deployment.name, provider, base_url, deployment.backend.kind == "vllm"), body)
+        return provider.send(self._endpoint.upstream_path, body, headers, base_url=base_url)
 
     async def fail(self, error: CallError) -> None:
         """Tell the client: the upstream's own words where they are whole and nothing has been sent, else ours."""

@@ -13,6 +13,7 @@ from proxy.dialects.decode import Defaults
 from proxy.gate.keys import Keys
 from proxy.providers.base import Provider
 from proxy.routing.router import Router
+from proxy.server.packing import Packer
 from proxy.sizes import byte_size
 from scheduler.model import LatencyClass
 
@@ -29,6 +30,7 @@ class State(msgspec.Struct, frozen=True):
     max_body: int
     max_header: int
     deadlines_ms: Mapping[LatencyClass, float]
+    packer: Packer | None  # None: no embeddings are packed
 
     @classmethod
     def of(cls, config: Config, catalog: Catalog, keys: Keys, providers: Mapping[str, Provider]) -> State:
@@ -49,6 +51,7 @@ class State(msgspec.Struct, frozen=True):
             },
             max_body=byte_size(config.limits.max_body),
             max_header=byte_size(config.limits.max_header),
+            packer=Packer(config.limits.embed_window_ms / 1000) if config.limits.embed_window_ms else None,
             deadlines_ms={
                 LatencyClass[name.upper()]: each.deadline_ms
                 for name, each in config.classes.items()

@@ -150,16 +150,9 @@ async def test_of_two_requests_that_wait_in_an_engine_the_one_of_the_shorter_cla
     ended: list[int] = []
 
     async def ask(session: aiohttp.ClientSession, priority: int, tokens: int) -> None:
-        body = {
-            "model": TASKS["generate"],
-            "prompt": "a",
-            "max_tokens": tokens,
-            "ignore_eos": True,
-            "priority": priority,
-        }
-        async with session.post(
-            f"http://127.0.0.1:{unused_tcp_port}/v1/completions", json=body | {"priority": priority}
-        ) as answer:
+        body = {"model": TASKS["generate"], "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
+        url = f"http://127.0.0.1:{unused_tcp_port}/v1/completions"
+        async with session.post(url, json=body | {"priority": priority}) as answer:
             assert answer.status == 200, await answer.text()
         ended.append(priority)
 
