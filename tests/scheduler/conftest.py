@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Probe, Refuse, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.events import (
     Arrived,
@@ -127,8 +127,10 @@ def kinds(commands: list[Command]) -> list[str]:
                 out.append(f"refuse {ticket_id} {code}")
             case Load(_, model):
                 out.append(f"load {model}")
-            case Stop(engine_id):
-                out.append(f"stop {engine_id.partition('#')[0]}")
+            case Stop(engine_id, force=force):
+                out.append(f"{'kill' if force else 'stop'} {engine_id.partition('#')[0]}")
+            case Sleep(engine_id) | Wake(engine_id) | Probe(engine_id):
+                out.append(f"{type(command).__name__.lower()} {engine_id.partition('#')[0]}")
             case _:
                 out.append(repr(command))
     return out
