@@ -68,7 +68,7 @@ class Key(msgspec.Struct, frozen=True):
 CLASSES = ("instant", "fast", "standard", "deliberate", "batch")
 LOCAL_KINDS = ("vllm", "command", "simulated")
 KINDS = (*LOCAL_KINDS, "openai")
-FAULTS = ("none", "slow", "crash", "garbage", "hang")
+FAULTS = ("none", "slow", "crash", "garbage", "corrupt", "hang")
 MIB, GIB, PIB = 1 << 20, 1 << 30, 1 << 50
 DAY_S, DAY_MS = 86_400, 86_400_000
 

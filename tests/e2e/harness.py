@@ -127,7 +127,7 @@ class Served:
         """Polls until the condition holds; fails with the complaint and the server's last words."""
         deadline = time.monotonic() + limit_s
         while not condition():
-            if time.monotonic() > deadline or (self.process.poll() is not None and condition is self.ready):
+            if time.monotonic() > deadline or (self.process.poll() is not None and condition == self.ready):
                 raise AssertionError(f"{complaint}\n{self.tail()}")
             time.sleep(0.05)
 

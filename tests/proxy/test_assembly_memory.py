@@ -1,0 +1,85 @@
+"""What a configuration tells the scheduler of memory: several devices, sleep, and whose word a figure is."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from proxy.assembly import locals_of, settings_of
+from proxy.catalog.catalog import Catalog
+from proxy.config import Config, ConfigError
+from scheduler.devices.base import Device, Reading
+from scheduler.engines.estimate import OVERHEAD_GPU
+from scheduler.model import DeviceSpec, ModelSpec
+
+GiB = 1 << 30
+WEIGHTS = 2048
+
+
+class Gpu:
+    spec = DeviceSpec("gpu0", "nvidia", 80 * GiB)
+
+    def measure(self, engines: object, overhead: object) -> Reading:
+        raise AssertionError("nobody asks")
+
+    def engine_env(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 2048}))
+    header = json.dumps({"w": {"dtype": "F16", "shape": [WEIGHTS // 2], "data_offsets": [0, WEIGHTS]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(WEIGHTS))
+    return tmp_path
+
+
+def spec_of(folder: Path, *, sleep: str = "0B", kind: str = "vllm", **model: Any) -> ModelSpec:
+    raw = {
+        "devices": {"sleep_memory": sleep, "simulated": [{"name": "sim0", "memory": "8GiB"}]},
+        "backends": [{"name": "local", "kind": kind}],
+        "models": [{"id": "m", "backend": "local", "path": str(folder), **model}],
+    }
+    config = msgspec.convert(raw, Config)
+    devices: Sequence[Device] = [Gpu()]
+    (local,) = locals_of(config, Catalog(config), devices)
+    assert settings_of(config).sleep_memory_bytes == (0 if sleep == "0B" else 64 * GiB)
+    return local.spec
+
+
+def test_a_stated_size_is_the_operators_and_an_estimate_is_ours(folder: Path) -> None:
+    assert spec_of(folder, memory_bytes="5GiB").stated
+    assert spec_of(folder, memory_bytes="5GiB").memory_bytes == 5 * GiB
+    assert not spec_of(folder).stated
+
+
+@pytest.mark.parametrize("args", [["--tensor-parallel-size", "4"], ["--tensor-parallel-size=4"], ["-tp", "4"]])
+def test_tensor_parallel_divides_the_weights_and_needs_so_many_devices(folder: Path, args: list[str]) -> None:
+    one, four = spec_of(folder), spec_of(folder, args=args)
+    assert (one.devices_needed, four.devices_needed) == (1, 4)
+    assert one.memory_bytes - four.memory_bytes == WEIGHTS * 3 // 4
+    assert four.kv_tokens == 4 * one.kv_tokens
+    assert four.revision != one.revision
+
+
+@pytest.mark.parametrize("size", ["0", "many"])
+def test_a_wrong_tensor_parallel_size_names_the_model_and_the_argument(folder: Path, size: str) -> None:
+    with pytest.raises(ConfigError, match=r"models\[m\]\.args: .*tensor-parallel-size"):
+        spec_of(folder, args=["--tensor-parallel-size", size])
+
+
+def test_engines_sleep_only_where_there_is_memory_for_it_and_they_can(folder: Path) -> None:
+    asleep = spec_of(folder, sleep="64GiB")
+    assert (asleep.sleep_keeps_bytes, asleep.sleep_host_bytes) == (OVERHEAD_GPU, WEIGHTS)
+    assert asleep.revision != spec_of(folder).revision
+    assert spec_of(folder).sleep_keeps_bytes is None
+    assert spec_of(folder, sleep="64GiB", task="embed").sleep_keeps_bytes is None
+    simulated = spec_of(folder, sleep="64GiB", kind="simulated", memory_bytes="1GiB")
+    assert simulated.sleep_keeps_bytes == GiB // 10
