@@ -617,7 +617,8 @@ class Core:
         if ticket.deadline_s is not None and model.loads:  # what was never loaded may be faster than was guessed
             eta = self._calibration.eta(*self._estimate(model, len(model.queue), now))
             if now + eta.low_s > ticket.deadline_s:
-                reason = f"its deadline is in {ticket.deadline_s - now:.1f} s and {ticket.model} is at best {eta.low_s:.1f} s away"
+                left_s = ticket.deadline_s - now
+                reason = f"its deadline is in {left_s:.1f} s and {ticket.model} is at best {eta.low_s:.1f} s away"
                 return Refuse(ticket.id, RefusalCode.DEADLINE, reason, eta.expected_s)
         if len(model.queue) >= model.spec.max_queue:
             reason = f"{len(model.queue)} requests wait for {ticket.model} already (max_queue = {model.spec.max_queue})"

@@ -1,4 +1,7 @@
-"""Learned footprints on disk, between two runs. A file that cannot be used is set aside: learning again costs little."""
+"""Learned footprints on disk, between two runs.
+
+A file that cannot be used is set aside: learning again costs little.
+"""
 
 from __future__ import annotations
 

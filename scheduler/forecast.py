@@ -1,4 +1,4 @@
-"""How much each model is asked for, and how long its answers take: what eviction, ordering and the ETA know of the future.
+"""How much each model is asked for, and how long its answers take: all that eviction, ordering and ETA know ahead.
 
 The hot path only counts (`Demand.count`, `served`, `busy_s` are plain numbers); the exponentials are worked out when
 somebody asks. Arrivals that were counted together are taken as spread evenly over the time since the last question.

@@ -19,6 +19,7 @@ from scheduler.engines.base import EngineExit, EngineKind, ProbeError, Progress,
 from scheduler.engines.keeper_link import KeeperError, KeeperGone, KeeperLink
 from scheduler.engines.simulated import SimulatedKind, declared_memory
 from scheduler.engines.supervisor import Handle, Supervisor
+from tests.fakes import until
 from tests.scheduler.engines.keeper_rig import LendingRig, lives, python
 
 SERVE = """
@@ -153,13 +154,11 @@ async def test_an_engine_starts_serves_and_is_gone_after_its_stop(world: World) 
 
 
 async def test_what_an_engine_leaves_in_its_temporary_folder_goes_with_it(world: World) -> None:
-    handle = await world.start(ScriptKind(SERVE.replace("print(", "open(os.environ['TMPDIR'] + '/socket', 'x'); print(")))
-    left = Path(handle.tmp_dir)
-    assert (left / "socket").exists()
+    leaves = SERVE.replace("print(", "open(os.environ['TMPDIR'] + '/socket', 'x'); print(")
+    handle = await world.start(ScriptKind(leaves))
+    assert os.listdir(handle.tmp_dir) == ["socket"]
     await world.supervisor.stop(handle.engine_id, 5.0)
-    async with asyncio.timeout(4):
-        while left.exists():
-            await asyncio.sleep(0.01)
+    await until(lambda: not os.path.exists(handle.tmp_dir))
 
 
 async def test_a_child_that_ignores_sigterm_is_gone_after_a_stop(world: World) -> None:
