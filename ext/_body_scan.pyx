@@ -161,7 +161,7 @@ cdef Text _nested(Text p, Text end, int depth, int most) noexcept nogil:
     """Past the object or array that opens at `p`, `depth` levels down; NULL where it is none or too deep."""
     cdef char kinds[MOST_DEPTH]
     cdef int level = 0
-    cdef bint escaped = False, coded = False, key
+    cdef bint escaped = False, coded = False
     while True:
         # a container opens at p
         if depth + level > most or level >= MOST_DEPTH:
