@@ -30,12 +30,10 @@ What tenants are fair about is the order inside a model. Which model is loaded i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
-from scheduler.commands import Admit, Command, Refuse
-from scheduler.events import Arrived, Cancelled, Event
-from scheduler.model import LatencyClass, Ticket
+from scheduler.model import LatencyClass
 
 FIRST_RATE = 500.0  # tokens a second of an engine that has not been measured yet
 LEAST_BUSY_S = 1.0
@@ -44,7 +42,7 @@ MOST_SHARERS = 16  # of one load: the share of the next would be too small to ma
 
 
 def largest_gap(ticket_tokens: int, engine_tokens: int, load_tokens: int = 0) -> int:
-    """The bound of this module, in tokens."""
+    """The bound of this module, in tokens; `scheduler.simulate.gap` measures the gap of a simulation."""
     return 2 * (ticket_tokens + engine_tokens + load_tokens)
 
 
@@ -150,65 +148,3 @@ class Pace:
     def tokens_per_s(self) -> float:
         """Measured, or a guess while there is nothing to measure."""
         return self._tokens / self._busy_s if self._busy_s >= LEAST_BUSY_S and self._tokens else FIRST_RATE
-
-
-class ServiceGap:
-    """The largest gap in service between two tenants that wait in the same line all the while: what is measured
-    against `largest_gap`.
-
-    Feed it every event and command (`observe`); `tokens` tells what a ticket will really use, which only a simulation
-    knows. `largest` is None while no two tenants have ever waited together. O(tenants waiting in the line) a grant.
-    """
-
-    def __init__(self, tokens: Callable[[Ticket], int] = lambda ticket: ticket.weight_tokens) -> None:
-        self.largest: int | None = None
-        self._tokens = tokens
-        self._tickets: dict[int, Ticket] = {}
-        self._waiting: dict[Hashable, dict[str, int]] = {}
-        self._ahead: dict[Hashable, dict[tuple[str, str], list[int]]] = {}  # by how much the first is ahead: now, least
-
-    def observe(self, seen: Event | Command, now: float = 0.0) -> None:
-        """An event that the core was fed, or a command that it answered."""
-        match seen:
-            case Arrived(ticket):
-                self._wait(ticket)
-            case Admit(ticket_id) if ticket_id in self._tickets:
-                ticket = self._tickets.pop(ticket_id)
-                self._serve(ticket)
-                self._leave(ticket)
-            case Refuse(ticket_id) | Cancelled(ticket_id) if ticket_id in self._tickets:
-                self._leave(self._tickets.pop(ticket_id))
-
-    def _wait(self, ticket: Ticket) -> None:
-        self._tickets[ticket.id] = ticket
-        waiting = self._waiting.setdefault(_line_of(ticket), {})
-        if ticket.tenant not in waiting:
-            ahead = self._ahead.setdefault(_line_of(ticket), {})
-            for other in waiting:
-                ahead[ticket.tenant, other], ahead[other, ticket.tenant] = [0, 0], [0, 0]
-                self.largest = self.largest or 0
-        waiting[ticket.tenant] = waiting.get(ticket.tenant, 0) + 1
-
-    def _serve(self, ticket: Ticket) -> None:
-        tenant, line, tokens = ticket.tenant, _line_of(ticket), self._tokens(ticket)
-        for other in self._waiting[line]:
-            if other == tenant:
-                continue
-            mine, others = self._ahead[line][tenant, other], self._ahead[line][other, tenant]
-            mine[0] += tokens
-            others[0] -= tokens
-            others[1] = min(others)
-            self.largest = max(self.largest or 0, mine[0] - mine[1])
-
-    def _leave(self, ticket: Ticket) -> None:
-        tenant, line = ticket.tenant, _line_of(ticket)
-        waiting = self._waiting[line]
-        waiting[tenant] -= 1
-        if not waiting[tenant]:
-            del waiting[tenant]
-            for other in waiting:
-                del self._ahead[line][tenant, other], self._ahead[line][other, tenant]
-
-
-def _line_of(ticket: Ticket) -> Hashable:
-    return ticket.model, ticket.latency_class
