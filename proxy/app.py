@@ -53,6 +53,8 @@ from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
 from scheduler.engines.supervisor import Supervisor
 from scheduler.events import ConfigChanged, LoadAsked
 from scheduler.footprint_file import FootprintFile
+from scheduler.footprints import Footprints
+from scheduler.record import Opening, RecordedCore, Recorder, free_path
 
 log = logging.getLogger("vramp")
 
@@ -69,6 +71,7 @@ class App:
         self._secrets = secrets
         self._link = link
         self._began_s = time.monotonic()
+        self._recorder: Recorder | None = None
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._old_providers: set[asyncio.Task[None]] = set()
@@ -89,13 +92,8 @@ class App:
         listeners = inherited_listeners()
         adoptable = await self._supervisor.adopt()
         footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
-        core = Core(
-            [device.spec for device in self._devices],
-            [local.spec for local in self._locals],
-            settings_of(self._config),
-            engines_before=max((_number(handle.engine_id) for handle in adoptable), default=0),
-            footprints=footprint_file.load(),
-        )
+        engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
+        core = self._core(engines_before, footprint_file.load())
         self._scheduler = Scheduler(
             core,
             self._devices,
@@ -130,6 +128,21 @@ class App:
             await self._close()
 
     # ------------------------------------------------------------------ joints
+
+    def _core(self, engines_before: int, footprints: Footprints) -> Core:
+        opening = Opening(
+            tuple(device.spec for device in self._devices),
+            tuple(local.spec for local in self._locals),
+            settings_of(self._config),
+            engines_before=engines_before,
+            footprints=footprints.figures(),
+        )
+        if self._start.record is None:
+            return opening.core()
+        path = free_path(self._start.record)
+        self._recorder = Recorder(path, opening)
+        log.info("every decision is recorded in %s; `vramp simulate --replay` runs it again", path)
+        return RecordedCore(opening, self._recorder)
 
     def _providers_of(self, config: Config, secrets: ResolvedSecrets) -> dict[str, Provider]:
         return {
@@ -201,6 +214,8 @@ class App:
 
     async def _close(self) -> None:
         await self._access_log.close()
+        if self._recorder is not None:
+            self._recorder.close()
         for provider in self._providers.values():
             await provider.close()
         for task in self._old_providers:
@@ -305,6 +320,7 @@ def parse(argv: Sequence[str]) -> Start:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--listen")
     parser.add_argument("--admin-listen")
+    parser.add_argument("--record")
     options = parser.parse_args(argv)
     return Start(
         config=options.config,
@@ -312,6 +328,7 @@ def parse(argv: Sequence[str]) -> Start:
         engine=options.engine,
         listen=options.listen,
         admin_listen=options.admin_listen,
+        record=options.record,
     )
 
 

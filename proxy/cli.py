@@ -64,6 +64,7 @@ Examples:
 @click.option("--model", "models", metavar="PATH", multiple=True, help="Folder of a model to serve; may be repeated.")
 @click.option("--listen", metavar="HOST:PORT", help="Where clients connect.  [default: 127.0.0.1:8080]")
 @click.option("--admin-listen", metavar="HOST:PORT", help="Where operators connect.  [default: 127.0.0.1:8081]")
+@click.option("--record", metavar="FILE", help="Record every decision, for `vramp simulate --replay FILE`.")
 @click.option("--workers", type=click.IntRange(1), default=1, help="Worker processes; only 1 for now.")
 @click.option(
     "--engine", type=click.Choice(["auto", "simulated"]), default="auto", show_default=True,
@@ -74,6 +75,7 @@ def serve(
     models: tuple[str, ...],
     listen: str | None,
     admin_listen: str | None,
+    record: str | None,
     workers: int,
     engine: str,
 ) -> None:
@@ -88,7 +90,8 @@ def serve(
     from proxy.cli_serve import serve
     from proxy.config_load import Start
 
-    serve(Start(config=config, models=models, engine=engine, listen=listen, admin_listen=admin_listen))
+    start = Start(config=config, models=models, engine=engine, listen=listen, admin_listen=admin_listen, record=record)
+    serve(start)
 
 
 @main.command(

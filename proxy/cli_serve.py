@@ -57,7 +57,13 @@ def keeper_argv(start: Start, config: Config) -> list[str]:
     keeper += ["--listen", config.server.listen, "--admin-listen", config.server.admin_listen]
     keeper += ["--state-dir", config.store.dir, "--drain-limit", str(config.server.drain_s + DRAIN_GRACE_S)]
     proxy = [sys.executable, "-m", "proxy.app", "--engine", start.engine]
-    for option, value in (("config", start.config), ("listen", start.listen), ("admin-listen", start.admin_listen)):
+    options = {
+        "config": start.config,
+        "listen": start.listen,
+        "admin-listen": start.admin_listen,
+        "record": start.record,
+    }
+    for option, value in options.items():
         proxy += [f"--{option}", value] if value is not None else []
     for model in start.models:
         proxy += ["--model", model]

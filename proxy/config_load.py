@@ -36,6 +36,7 @@ class Start(msgspec.Struct, frozen=True):
     engine: str = "auto"
     listen: str | None = None
     admin_listen: str | None = None
+    record: str | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True):

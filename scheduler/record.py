@@ -10,6 +10,7 @@ A `RecordedCore` is a `Core`: whoever does not record pays nothing for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -18,6 +19,7 @@ import msgspec
 from scheduler.commands import Admit, Command
 from scheduler.core import Core
 from scheduler.events import Arrived, Cancelled, Event, Finished
+from scheduler.footprints import Footprints
 from scheduler.model import DeviceSpec, ModelSpec, SchedulerSettings, Ticket
 from scheduler.policies.regret import TAIL_HELD, Regret
 
@@ -40,12 +42,18 @@ class Opening(msgspec.Struct, frozen=True):
     settings: SchedulerSettings
     engines_before: int = 0
     tail: float = TAIL_HELD
+    footprints: dict[str, list[int]] = {}
     format: int = FORMAT
 
     def core(self) -> Core:
         """A core as it was when the log was opened."""
         return Core(
-            self.devices, self.models, self.settings, engines_before=self.engines_before, ordering=Regret(self.tail)
+            self.devices,
+            self.models,
+            self.settings,
+            engines_before=self.engines_before,
+            ordering=Regret(self.tail),
+            footprints=Footprints.of(self.footprints),
         )
 
 
@@ -55,6 +63,12 @@ class Entry(msgspec.Struct, frozen=True):
     now: float
     event: Event
     commands: tuple[Command, ...]
+
+
+def free_path(path: str | Path) -> Path:
+    """The path, or PATH.1, PATH.2 ...: a proxy that comes back after a crash must not write over what led to it."""
+    numbered = (Path(f"{path}.{number}") for number in count(1))
+    return next(each for each in chain((Path(path),), numbered) if not each.exists())
 
 
 class Recorder:
@@ -92,6 +106,7 @@ class RecordedCore(Core):
             opening.settings,
             engines_before=opening.engines_before,
             ordering=Regret(opening.tail),
+            footprints=Footprints.of(opening.footprints),
         )
         self._recorder = recorder
         self._inside = False  # a step that the core takes within a step is not an event of its own

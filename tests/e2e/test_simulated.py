@@ -296,6 +296,22 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_leaves_nothing(ser
     assert served.survivors() == []
 
 
+def test_a_recorded_life_replays_decision_for_decision(tmp_path: Path) -> None:
+    (tmp_path / "vramp.toml").write_text(CONFIG)
+    record = tmp_path / "decisions.log"
+    with Served(tmp_path / "vramp.toml", tmp_path, "--record", str(record)) as served:
+        for model in ("a", "b", "slow-to-load", "crashes", "crashes", "a"):
+            stream(served, model, max_tokens=20)
+        refusal(served, "no-such-program")
+        assert served.stop() == 0
+    replayed = subprocess.run(
+        [sys.executable, "-m", "proxy.cli", "simulate", "--replay", str(record)],
+        env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "the same, decision for decision" in replayed.stdout
+
+
 def test_after_a_keeper_killed_with_9_nothing_is_left_and_a_new_one_starts(tmp_path: Path) -> None:
     (tmp_path / "vramp.toml").write_text(CONFIG)
     with Served(tmp_path / "vramp.toml", tmp_path) as served:
