@@ -14,6 +14,7 @@ What always holds:
 - a client's request stays in its buffer until the answer begins, so until then it can be handed over or sent again;
 - of one exchange at most one of `whole`, `ended`, `failed` is called, once, except that `whole` may decline by None;
 - nothing is read from an upstream while its client has bytes to take, so what waits for a client is one read at most;
+- what a turn has to say is sent at its end, in one go: a peer on another core is woken once, not once for each;
 - a connection whose descriptor is closed is kept until the batch of events is over, since one of them may name it.
 
 Its twin is the ordinary lane of the proxy's server. The protocol with Python is in `_relay.pyi`.
@@ -148,6 +149,7 @@ cdef enum:
     TAIL = 4096  # of a larger answer, where its usage is
     SMALL = 16 << 10  # a connection keeps a buffer of this size when it has nothing to hold
     SLOTS = 512
+    AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
     NAME = 40  # longer header names are none of ours
 
 cdef long long SECOND = 1000000000
@@ -328,7 +330,7 @@ cdef class Conn:
     cdef Relay _relay
     cdef int _fd
     cdef unsigned _mask
-    cdef bint _closed
+    cdef bint _closed, _said
     cdef char* _out
     cdef size_t _out_off, _out_len, _out_cap
     cdef long long _deadline, _due
@@ -346,6 +348,10 @@ cdef class Conn:
         raise NotImplementedError
 
     cdef int _expired(self) except -1:
+        raise NotImplementedError
+
+    cdef int _flushed(self, int state) except -1:
+        """What `_flush` came to."""
         raise NotImplementedError
 
     cdef void _watch(self, unsigned mask) noexcept:
@@ -391,35 +397,46 @@ cdef class Conn:
             self._relay._arm(self)
 
     cdef bint _put(self, iovec* parts, int count) except? False:
-        """Send, keeping what the socket does not take; False when the connection is dead."""
-        cdef ssize_t taken = 0
-        cdef size_t rest = 0
+        """Send at the end of the turn, what is large at once; False when the connection is dead."""
+        cdef size_t size = 0
         cdef int i
-        if self._out_len == 0:
-            while True:
-                taken = vr_send(self._fd, parts, count)
-                if taken >= 0:
-                    break
-                if errno == EINTR:
-                    continue
-                if errno != EAGAIN and errno != ENOTCONN and errno != EINPROGRESS:
-                    return False
-                taken = 0
-                break
+        self._say()
         for i in range(count):
-            rest += parts[i].iov_len
-        if <size_t>taken == rest:
-            return True
-        self._reserve(rest - taken)
+            size += parts[i].iov_len
+        if size > AT_ONCE and self._out_len == 0:
+            return self._send_now(parts, count)
+        self._keep(parts, count, 0)
+        return True
+
+    cdef bint _send_now(self, iovec* parts, int count) except? False:
+        """Send, keeping what the socket does not take; False when the connection is dead."""
+        cdef ssize_t taken = vr_send(self._fd, parts, count)
+        if taken < 0 and not _blocked():
+            return False
+        self._keep(parts, count, taken if taken > 0 else 0)
+        return True
+
+    cdef int _keep(self, iovec* parts, int count, size_t taken) except -1:
+        """Keep what comes after the first `taken` bytes."""
+        cdef size_t rest
+        cdef int i
         for i in range(count):
-            if <size_t>taken >= parts[i].iov_len:
+            if taken >= parts[i].iov_len:
                 taken -= parts[i].iov_len
                 continue
             rest = parts[i].iov_len - taken
+            self._reserve(rest)
             memcpy(self._out + self._out_off + self._out_len, <char*>parts[i].iov_base + taken, rest)
             self._out_len += rest
             taken = 0
-        return True
+        return 0
+
+    cdef int _say(self) except -1:
+        """Let the turn end with a look at what is to be sent here."""
+        if not self._said:
+            self._said = True
+            self._relay._unsent.append(self)
+        return 0
 
     cdef int _reserve(self, size_t more) except -1:
         if self._out_off and self._out_off + self._out_len + more > self._out_cap:
@@ -438,9 +455,7 @@ cdef class Conn:
             part.iov_len = self._out_len
             taken = vr_send(self._fd, &part, 1)
             if taken < 0:
-                if errno == EINTR:
-                    continue
-                return 0 if errno == EAGAIN or errno == ENOTCONN or errno == EINPROGRESS else -1
+                return 0 if _blocked() else -1
             self._out_off += taken
             self._out_len -= taken
         self._out_off = 0
@@ -449,6 +464,11 @@ cdef class Conn:
             self._out = NULL
             self._out_cap = 0
         return 1
+
+
+cdef inline bint _blocked() noexcept nogil:
+    """Whether a send failed only for now; EINTR cannot be, for nothing here waits."""
+    return errno == EAGAIN or errno == ENOTCONN or errno == EINPROGRESS
 
 
 cdef char* _grown(char* buffer, size_t* cap, size_t size) except NULL:
@@ -585,7 +605,7 @@ cdef class Client(Conn):
 
     cdef int _ready(self, unsigned events) except -1:
         if events & EPOLLOUT:
-            self._writable()
+            self._flushed(self._flush())
             if self._closed:
                 return 0
         if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
@@ -744,9 +764,7 @@ cdef class Client(Conn):
             up._limit_at(self._relay._now + self._limits.connect)
         self._up = up
         up._client = self
-        if up._request(self):
-            return 0
-        return up._broken("the connection was closed")
+        return up._ask()
 
     cdef int _payload(self, char* data, size_t size, bint last) except -1:
         """A piece of the answer's body; `last` when it is the end of it."""
@@ -772,10 +790,7 @@ cdef class Client(Conn):
             return 0
         if last:
             return self._end()
-        if self._out_len:
-            self._pause()
-        else:
-            self._limit(self._limits.idle, K_IDLE)
+        self._limit(self._limits.idle, K_IDLE)
         return 0
 
     cdef int _events(self, bytes events) except -1:
@@ -850,7 +865,7 @@ cdef class Client(Conn):
         return self._over(answer)
 
     cdef int _over(self, bytes rest) except -1:
-        """Write the last bytes of an answer, and turn to the next request."""
+        """Write the last bytes of an answer."""
         self._answering()
         self._exchange = self._feed = self._pool = None
         self.started = False
@@ -858,11 +873,8 @@ cdef class Client(Conn):
         self._write(rest)
         if self._closed:
             return 0
-        if self._out_len:
-            self._limit(self._limits.stall, K_STALLED)
-            self._watch(EPOLLIN | EPOLLRDHUP | EPOLLOUT)
-            return 0
-        return self._next()
+        self._limit(self._limits.stall, K_STALLED)
+        return self._say()  # and when it is said, turn to the next
 
     cdef int _next(self) except -1:
         if self._relay._closing:
@@ -889,27 +901,22 @@ cdef class Client(Conn):
         self._edits = None
         return 0
 
-    cdef void _pause(self):
-        """The client is slow: its upstream waits, and it has so long to take something."""
-        self._up._watch(0)
-        self._watch(self._mask | EPOLLOUT)
-        self._limit(self._limits.stall, K_STALLED)
-
-    cdef int _writable(self) except -1:
-        cdef size_t before = self._out_len
-        cdef int state = self._flush()
+    cdef int _flushed(self, int state) except -1:
+        """Go on with the upstream or with the next request; while the client is slow, its upstream waits."""
         if state < 0:
             return self._gone()
         if state == 0:
-            if self._out_len < before:
-                self._limit(self._limits.stall, K_STALLED)
-            return 0
-        self._watch(self._mask & ~<unsigned>EPOLLOUT)
-        if self._exchange is None:
+            if self._up is not None:
+                self._up._watch(0)
+            self._watch(self._mask | EPOLLOUT)
+            self._limit(self._limits.stall, K_STALLED)
+        elif self._exchange is None:
             return self._next()
-        if self._up is not None:
-            self._up._watch(EPOLLIN | EPOLLOUT if self._up._out_len else EPOLLIN)
-            self._limit(self._limits.idle, K_IDLE)
+        elif self._mask & EPOLLOUT:
+            self._watch(self._mask & ~<unsigned>EPOLLOUT)
+            if self._up is not None:
+                self._up._watch(EPOLLIN | EPOLLOUT if self._up._out_len else EPOLLIN)
+                self._limit(self._limits.idle, K_IDLE)
         return 0
 
     cdef int _fail(self, int kind, str words) except -1:
@@ -964,7 +971,7 @@ cdef class Upstream(Conn):
 
     cdef Pool _pool
     cdef Client _client
-    cdef bint _connecting, _reused, _reusable, _refused
+    cdef bint _connecting, _asking, _reused, _reusable, _refused
     cdef char* _body  # the head while it is incomplete, then what is held of the body or of its tail
     cdef size_t _body_len, _body_cap
     cdef Framing _framing
@@ -990,6 +997,24 @@ cdef class Upstream(Conn):
 
     # ---- the request
 
+    cdef int _ask(self) except -1:
+        """The client's request is to be sent, at the end of the turn or once there is a connection."""
+        self._framing, self._mode, self._chunk = HEAD, HELD, SIZE
+        self._body_len = 0
+        self._refused = False
+        self._headers = None
+        self._asking = True
+        return self._say()
+
+    cdef int _flush(self) except -2:
+        if self._connecting:
+            return 0
+        if self._asking:
+            self._asking = False
+            if self._client is not None and not self._request(self._client):
+                return -1
+        return Conn._flush(self)
+
     cdef bint _request(self, Client client) except? False:
         """Send the client's request, its body edited; False when the connection is dead."""
         cdef vector[iovec] parts
@@ -997,10 +1022,6 @@ cdef class Upstream(Conn):
         cdef size_t at = 0, start, end
         cdef char* body = client._in + client._head
         cdef bytes new
-        self._framing, self._mode, self._chunk = HEAD, HELD, SIZE
-        self._body_len = 0
-        self._refused = False
-        self._headers = None
         cdef char line[64]
         cdef size_t length = client._body
         for start, end, new in client._edits:
@@ -1022,15 +1043,19 @@ cdef class Upstream(Conn):
         part.iov_base = body + at
         part.iov_len = client._body - at
         parts.push_back(part)
-        if not self._put(parts.data(), parts.size()):
-            return False
-        self._watch(EPOLLIN | EPOLLOUT if self._out_len or self._connecting else EPOLLIN)
-        return True
+        return self._send_now(parts.data(), parts.size())
+
+    cdef int _flushed(self, int state) except -1:
+        if state < 0:
+            return self._broken("the connection was closed")
+        if self._mask and not self._connecting:
+            self._watch(EPOLLIN if state else EPOLLIN | EPOLLOUT)
+        return 0
 
     # ---- the answer
 
     cdef int _ready(self, unsigned events) except -1:
-        cdef int state, number
+        cdef int number
         if self._connecting:
             number = vr_error(self._fd)
             if number:
@@ -1042,11 +1067,9 @@ cdef class Upstream(Conn):
             self._connecting = False
             self._limit_at(NEVER)
         if events & EPOLLOUT:
-            state = self._flush()
-            if state < 0:
-                return self._broken("the connection was closed")
-            if state:
-                self._watch(EPOLLIN)
+            self._flushed(self._flush())
+            if self._closed:
+                return 0
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
             return self._readable()
         return 0
@@ -1338,7 +1361,7 @@ cdef class Relay:
     cdef Names _paths, _kept, _foreign, _passed, _passed_families
     cdef long long _now, _keepalive, _ticked
     cdef set _open_conns
-    cdef list _grave, _slots
+    cdef list _grave, _slots, _unsent
     cdef char* _scratch
     cdef bint _closing
 
@@ -1352,6 +1375,7 @@ cdef class Relay:
         self._keepalive = <long long>(keepalive_s * SECOND)
         self._open_conns = set()
         self._grave = []
+        self._unsent = []
         self._slots = [[] for _ in range(SLOTS)]
         self._now = vr_now()
         self._ticked = self._now // TICK
@@ -1406,8 +1430,27 @@ cdef class Relay:
                 conn._ready(events[i].events)
             except Exception:
                 self._bug(conn)
+        self._end_turn()
+
+    cdef int _end_turn(self) except -1:
+        """Send what was said in this turn, and what that leads to."""
+        cdef Py_ssize_t at = 0
+        cdef Conn conn
+        while at < len(self._unsent):
+            conn = <Conn>self._unsent[at]
+            at += 1
+            conn._said = False
+            if conn._closed:
+                continue
+            try:
+                conn._flushed(conn._flush())
+            except Exception:
+                self._bug(conn)
+        if at:
+            self._unsent.clear()
         if self._grave:
             self._grave.clear()
+        return 0
 
     def tick(self):
         """End what is over its limit. To be called every `TICK_S`; that is how late a limit may act."""
@@ -1435,8 +1478,7 @@ cdef class Relay:
                 except Exception:
                     self._bug(conn)
             tick += 1
-        if self._grave:
-            self._grave.clear()
+        self._end_turn()
 
     cdef int _arm(self, Conn conn) except -1:
         """Look at this connection when its limit is due, or when the wheel has turned once."""
@@ -1458,7 +1500,7 @@ cdef class Relay:
                     (<Client>conn)._fail(K_STOPPING, "")
                 except Exception:
                     self._bug(conn)
-        self._grave.clear()
+        self._end_turn()
 
     def close(self):
         """Close every connection that is not busy, now, and the others once they are not. Idempotent."""
