@@ -117,7 +117,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
 
     `patience_s` by latency class: a wait until the lease that still counts as on time. It is the unit of urgency, not a
     reason to refuse, and longer than the class's target, because a cold model can meet no target for the first token.
-    A ticket that has waited `overdue_after` times its patience goes before everything else.
+    A ticket that has waited `overdue_after` times its patience decides what is loaded next, and is let in out of turn
+    (`scheduler.admission.AGEING_SHARE`).
 
     `fall_limit_s`: how long after a stop or a sleep a device's reading may take to fall. `sleep_memory_bytes` is host
     memory for engines that sleep; 0: none does.
