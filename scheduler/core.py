@@ -164,7 +164,7 @@ class Core:
             case ConfigChanged(models, settings):
                 out = self._config_changed(models, settings)
             case Tick():
-                out = self._tick(now)
+                return self._with_wake(self._tick(now))
         out += self._plan(now)
         return self._with_wake(out)
 
@@ -239,7 +239,7 @@ class Core:
         model.queue.remove(waiting.ticket)
         # it may have been the large head that held back small ones, or the only reason for an eviction
         out = self._admit_waiting(model, now) if model.state is Residency.READY else []
-        return self._with_wake(out + self._plan(now))
+        return self._with_wake(out + self._plan_soon(now))
 
     def _engine_ready(self, event: EngineReady, now: float) -> list[Command]:
         if event.adopted:
@@ -466,16 +466,18 @@ class Core:
     def _tick(self, now: float) -> list[Command]:
         self._wake_at = None
         out: list[Command] = []
+        due = False
         while (timer := self._timers.pop_due(now)) is not None:
             out += self._due(timer, now)
-        return out
+            due = True
+        return out + (self._plan(now) if due else self._plan_soon(now))
 
     def _due(self, timer: Timer, now: float) -> list[Command]:
         _, _, kind, key = timer
         if kind == "wait":
             return self._wait_over(int(key), now)
         if kind == "plan":
-            self._again_at = inf  # every tick plans
+            self._again_at = inf  # every tick that is due plans
             return []
         if kind == "fall":
             return self._fall_over(str(key), now)
@@ -651,17 +653,19 @@ class Core:
     def _plan_soon(self, now: float) -> list[Command]:
         """Plan now if that is cheap for what has happened, else in a moment.
 
-        A plan costs O(wanted models), and one more arrival or end seldom changes it. Each such event earns credit, and
-        so does time; a plan is due when the credit is a quarter of the models to choose from. So the cost per event is
-        bounded however many models are wanted, with few of them every event plans, and no plan is older than
-        `wanted / 4 / CREDIT_PER_S` seconds.
+        A plan costs O(wanted models), and one more arrival or end seldom changes it. Each such event earns a credit,
+        and so does time; with w models to choose from a plan is due at w^2 / 100 credits, w at most. So nearly every
+        event plans while few are wanted, the cost per event is bounded however many are, and no plan is older than a
+        second.
         """
-        self._credit += 1.0 + CREDIT_PER_S * (now - self._credit_at)
+        wanted = self.placement.wanted
+        per_s = max(CREDIT_PER_S, wanted)
+        self._credit += 1.0 + per_s * (now - self._credit_at)
         self._credit_at = now
-        missing = 0.25 * self.placement.wanted - self._credit
+        missing = min(0.01 * wanted * wanted, wanted) - self._credit
         if missing <= 0.0:
             return self._plan(now)
-        self._plan_at(now + missing / CREDIT_PER_S)
+        self._plan_at(now + missing / per_s)
         return []
 
     def _plan_at(self, at_s: float) -> None:
