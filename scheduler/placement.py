@@ -167,8 +167,8 @@ class Placement:
             return None
         scene = self._scene(ledger, wanted, planned, now)
         for model in wanted:
-            if partners := self._group(ledger, model)[1:]:
-                scene.spans(model, [self._scene(each, (), None, now) for each in partners])
+            if model.spec.devices_needed > 1:
+                scene.spans(model, [self._scene(each, (), None, now) for each in self._group(ledger, model)[1:]])
         asked = min((m for m in wanted if m.wanted_order is not None), key=lambda m: m.wanted_order or 0, default=None)
         if asked is not None and (victims := scene.room_for(asked)) is not None:
             choice: Choice | None = Choice(asked, victims, "an operator asked for it")
@@ -573,7 +573,7 @@ class Placement:
 
     def _pinned_bytes(self, ledger: DeviceLedger, but: str) -> int:
         total = 0
-        for model in self.models.values():
+        for model in self._by_engine.values():
             if model.spec.pinned and model.engine is not None and model.spec.name != but:
                 holding = ledger.holding(model.engine.id)
                 total += holding.held if holding is not None else 0
