@@ -12,7 +12,7 @@ those that come while they drain. The seconds are those of the load and, counted
 device stands idle until the victims have drained; they weigh with a power slightly above one, because what is loaded
 quickly can be followed by something else sooner.
 
-`tail`, a factor on A, is the one setting. At 1.1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
+`tail`, a factor on A, is the one setting. At 1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
 that of llama-swap's rule, with far more requests on time. At 6 (`SHARE_FIRST`) more still are on time, and the late
 ones wait some two to three times as long. The tail is held by default because callers of a proxy time out: an answer
 after minutes is worth nothing to them, and two points of share do not make up for it.
@@ -31,7 +31,7 @@ from scheduler.ordering import Choice, Scene, overdue
 from scheduler.policies.shadow import CollateShadow
 from scheduler.state import ModelState
 
-TAIL_HELD, SHARE_FIRST = 1.1, 6.0
+TAIL_HELD, SHARE_FIRST = 1.0, 6.0
 
 REGRET = 0.4
 LATER_S = 5.0

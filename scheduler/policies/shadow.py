@@ -87,15 +87,16 @@ class CollateShadow:
             self._load(at)
 
     def _load(self, now: float) -> None:
-        for name in list(self._queue):
-            if len(self._loads) >= self._channels:
-                return
+        """The longest waiting model, as often as a transfer and room are free: nobody passes it, as in the real rule."""
+        while self._queue and len(self._loads) < self._channels:
+            name = next(iter(self._queue))
             size, load_s, _ = self._needs(name)
-            if self._make_room(size, now):
-                del self._queue[name]
-                self._free -= size
-                self._held[name] = size
-                heapq.heappush(self._loads, (now + load_s, name))
+            if not self._make_room(size, now):
+                return
+            del self._queue[name]
+            self._free -= size
+            self._held[name] = size
+            heapq.heappush(self._loads, (now + load_s, name))
 
     def _make_room(self, size: int, now: float) -> bool:
         """Evict the least recently used, if all of them are idle; else come back when the first is."""
