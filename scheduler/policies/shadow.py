@@ -87,7 +87,7 @@ class CollateShadow:
             self._load(at)
 
     def _load(self, now: float) -> None:
-        """The longest waiting model, as often as a transfer and room are free: nobody passes it, as in the real rule."""
+        """The longest waiting model, as often as transfer and room are free. Nobody passes it, as in the real rule."""
         while self._queue and len(self._loads) < self._channels:
             name = next(iter(self._queue))
             size, load_s, _ = self._needs(name)

@@ -65,7 +65,9 @@ def test_collate_beats_fifo_and_the_default_beats_both_where_memory_is_tight() -
 def test_on_time_includes_a_wait_of_exactly_the_deadline() -> None:
     requests = [Request(0.0, "a", 0, 6)]
     load_s = 2 + 5 * GiB / 20e9
-    row = measure(Trial("t", requests, REFERENCE, 72 * GiB, load_s), POLICIES[1], Bounds(1.0, load_s), lambda _: None).row
+    row = measure(
+        Trial("t", requests, REFERENCE, 72 * GiB, load_s), POLICIES[1], Bounds(1.0, load_s), lambda _: None
+    ).row
     assert (row.on_time_share, row.on_time_over_b2, row.load_cost_over_b1) == (1.0, 1.0, 1.0)
 
 
@@ -116,7 +118,9 @@ def best_on_time(requests: list[Request], loads_s: dict[str, float], deadline_s:
     for order in itertools.product(names, repeat=3):
         now, served = 0.0, set()
         for name in order:
-            now = max(now, min((r.at_s for i, r in enumerate(requests) if r.model == name and i not in served), default=now))
+            now = max(
+                now, min((r.at_s for i, r in enumerate(requests) if r.model == name and i not in served), default=now)
+            )
             now += loads_s[name]
             mine = [i for i, r in enumerate(requests) if r.model == name and i not in served and r.at_s <= now]
             served |= {i for i in mine if now - requests[i].at_s <= deadline_s}

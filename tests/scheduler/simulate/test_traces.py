@@ -81,7 +81,11 @@ def test_an_engine_file_is_read_and_a_bad_one_named(tmp_path: Path) -> None:
     engine = read_engine(str(path))
     assert [spec.memory_bytes for spec in engine.specs(["a", "b"])] == [GiB, GiB // 2]
     assert engine.service_s(Request(0.0, "a", 0, 20)) == pytest.approx(2.3)
-    for text, says in (("sizes = []", "sizes is empty"), ('sizes = ["big"]', "'big' is not a size"), ("nope = 1", "nope")):
+    for text, says in (
+        ("sizes = []", "sizes is empty"),
+        ('sizes = ["big"]', "'big' is not a size"),
+        ("nope = 1", "nope"),
+    ):
         path.write_text(text)
         with pytest.raises(EngineFileError, match=says):
             read_engine(str(path))
