@@ -15,7 +15,7 @@ quickly can be followed by something else sooner.
 `tail`, a factor on A, is the one setting. At 1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
 that of llama-swap's rule, with far more requests on time. At 6 (`SHARE_FIRST`) more still are on time, and the late
 ones wait some two to three times as long. The tail is held by default because callers of a proxy time out: an answer
-after minutes is worth nothing to them, and two points of share do not make up for it.
+after minutes is worth nothing to them, and the two to eight points of share do not make up for it.
 
 No wait is longer than `scheduler.ordering.worst_wait_s`. The parameters were found on redraws of two public traces
 (arrivals jittered, models permuted over sizes, other windows); docs/scheduling.md has what they reach elsewhere.
