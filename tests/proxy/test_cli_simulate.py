@@ -99,7 +99,9 @@ memory_bytes = "4GiB"
 
 def test_plan_says_what_one_more_device_would_do(tmp_path: Path) -> None:
     (tmp_path / "vramp.toml").write_text(CONFIG)
-    (tmp_path / "t.csv").write_text("t_s,model,output_tokens\n" + "".join(f"{2 * i},{'ab'[i % 2]},30\n" for i in range(60)))
+    (tmp_path / "t.csv").write_text(
+        "t_s,model,output_tokens\n" + "".join(f"{2 * i},{'ab'[i % 2]},30\n" for i in range(60))
+    )
     words = ("plan", "--config", str(tmp_path / "vramp.toml"), "--trace", str(tmp_path / "t.csv"))
     result = run(*words)
     assert result.exit_code == 0, result.output
