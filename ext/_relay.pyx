@@ -4,8 +4,8 @@
 
 It lives in an epoll descriptor of its own, which any event loop can watch: whenever that is readable, `pump` handles
 what is ready. Python is entered for decisions: once for a request, once at the end of its answer, and for a stream once
-at its first output. It is a *recogniser*, not an HTTP server. What is not exactly one of a few kinds of request, written
-in a narrow grammar, goes with its connection and all of its bytes to whoever `hand_over` gives it.
+at its first output. It is a *recogniser*, not an HTTP server. What is not exactly one of a few kinds of request,
+written in a narrow grammar, goes with its connection and all of its bytes to whoever `hand_over` gives it.
 
     client --head, body--> decide --forward--> upstream --head--> body | events --> client
        \\--- not recognised, not decided, failed before the answer began: hand_over
@@ -489,9 +489,9 @@ cdef class Listener(Conn):
 
     cdef int _ready(self, unsigned events) except -1:
         cdef char peer[64]
-        cdef int i, fd
+        cdef int _turn, fd
         cdef Client client
-        for i in range(ACCEPTS):
+        for _turn in range(ACCEPTS):
             fd = vr_accept(self._fd, peer, sizeof(peer))
             if fd < 0:
                 if errno != EAGAIN and errno != EINTR and errno != ECONNABORTED:

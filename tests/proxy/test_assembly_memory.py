@@ -83,3 +83,12 @@ def test_engines_sleep_only_where_there_is_memory_for_it_and_they_can(folder: Pa
     assert spec_of(folder, sleep="64GiB", task="embed").sleep_keeps_bytes is None
     simulated = spec_of(folder, sleep="64GiB", kind="simulated", memory_bytes="1GiB")
     assert simulated.sleep_keeps_bytes == GiB // 10
+
+
+def test_the_first_load_of_an_engine_is_guessed_by_how_it_starts(folder: Path) -> None:
+    on_a_gpu, simulated = spec_of(folder), spec_of(folder, kind="simulated", memory_bytes="1GiB")
+    assert on_a_gpu.load_estimate_s == pytest.approx(25.0, abs=0.1)
+    assert simulated.load_estimate_s == 1.0  # what its settings say
+    with_weights_of_another_kind = folder / "model.safetensors"
+    with_weights_of_another_kind.unlink()
+    assert spec_of(folder, memory_bytes="5GiB").load_estimate_s == 25.0
