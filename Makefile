@@ -23,6 +23,7 @@ dev:
 	@$(SETUP) --dev
 
 test: dev  ## all tests, those on real vLLM included
+	@$(if $(filter simulated,$(ENGINE)),,$(PY) scripts/make_demo_models.py)
 	@$(PY) -m pytest $(if $(filter simulated,$(ENGINE)),-m "not engine")
 
 test-fast:  ## tests that need no engine
