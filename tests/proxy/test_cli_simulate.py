@@ -90,10 +90,12 @@ kind = "simulated"
 id = "a"
 backend = "sim"
 memory_bytes = "4GiB"
+simulated = { load_s = 30 }
 [[models]]
 id = "b"
 backend = "sim"
 memory_bytes = "4GiB"
+simulated = { load_s = 30 }
 """
 
 
