@@ -3,9 +3,9 @@
 It never waits, logs, reads a clock, opens anything or raises for load. How it decides:
 
 - A request for a model that is ready and has room is admitted at once (`arrive`), and its end makes room (`finish`).
-  These two are the hot pair and never plan.
+  This hot pair plans only while somebody waits.
 - Anything else may change what should be resident, so it ends in `Placement.plan`.
-- Most urgent is the latency class first, then the order of arrival.
+- Which model is worth loading next is the `Ordering`'s to say, and who goes for it the `Eviction`'s.
 - A model that becomes ready serves everything that waits for it, as far as it has room, before it can become a victim:
   two models that trade places always make progress.
 

@@ -21,7 +21,9 @@ def scheduler_view(scheduler: Scheduler, now: float) -> dict[str, Any]:
     """The whole of the answer."""
     core = scheduler.core
     return {
-        "devices": [_device(ledger, core.placement) for ledger in core.devices.values()],
+        "devices": [
+            {**device(ledger), "engines": _engines(ledger, core.placement)} for ledger in core.devices.values()
+        ],
         "sleep_memory": {
             "budget_bytes": core.placement.sleep_memory.budget,
             "held_bytes": core.placement.sleep_memory.held,
@@ -46,8 +48,24 @@ def queues(scheduler: Scheduler) -> list[dict[str, Any]]:
     ]
 
 
-def _device(ledger: DeviceLedger, placement: Placement) -> dict[str, Any]:
+def device(ledger: DeviceLedger) -> dict[str, Any]:
+    """The book of one device, in sums."""
     spec = ledger.spec
+    return {
+        "name": spec.name,
+        "kind": spec.kind,
+        "capacity_bytes": spec.capacity_bytes,
+        "reserved_bytes": spec.reserve_bytes,
+        "overhead_bytes": ledger.overhead,
+        "foreign_bytes": ledger.foreign,
+        "used_bytes": ledger.used,
+        "held_bytes": ledger.held,
+        "free_bytes": ledger.free,
+        "starting": ledger.starting,
+    }
+
+
+def _engines(ledger: DeviceLedger, placement: Placement) -> list[dict[str, Any]]:
     engines = []
     for engine_id, holding in ledger.holdings():
         model = placement.by_engine(engine_id)
@@ -61,19 +79,7 @@ def _device(ledger: DeviceLedger, placement: Placement) -> dict[str, Any]:
                 "held_bytes": holding.held,
             }
         )
-    return {
-        "name": spec.name,
-        "kind": spec.kind,
-        "capacity_bytes": spec.capacity_bytes,
-        "reserved_bytes": spec.reserve_bytes,
-        "overhead_bytes": ledger.overhead,
-        "foreign_bytes": ledger.foreign,
-        "used_bytes": ledger.used,
-        "held_bytes": ledger.held,
-        "free_bytes": ledger.free,
-        "starting": ledger.starting,
-        "engines": engines,
-    }
+    return engines
 
 
 def _model(model: ModelState, placement: Placement, now: float) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxy.admin.scheduler import decisions, queues
+from proxy.admin.scheduler import decisions, device, queues
 from proxy.config import Config, ModelConfig
 from scheduler.driver import Scheduler
-from scheduler.ledger import DeviceLedger
 from scheduler.model import LatencyClass, Residency
 from scheduler.state import ModelState
 
@@ -21,7 +20,7 @@ def status(
     return {
         **about,
         "uptime_s": round(uptime_s, 1),
-        "devices": [_device(ledger) for ledger in core.devices.values()],
+        "devices": [device(ledger) for ledger in core.devices.values()],
         "models": [_model(state, local.get(name), scheduler, now) for name, state in core.models.items()]
         + [_remote(model) for model in config.models if model.id not in core.models],
         "waiting": [
@@ -30,22 +29,6 @@ def status(
         ],
         "queues": queues(scheduler),
         "decisions": decisions(scheduler.decisions),
-    }
-
-
-def _device(ledger: DeviceLedger) -> dict[str, Any]:
-    spec = ledger.spec
-    return {
-        "name": spec.name,
-        "kind": spec.kind,
-        "capacity_bytes": spec.capacity_bytes,
-        "used_bytes": ledger.used,
-        "reserved_bytes": spec.reserve_bytes,
-        "overhead_bytes": ledger.overhead,
-        "foreign_bytes": ledger.foreign,
-        "held_bytes": ledger.held,
-        "free_bytes": ledger.free,
-        "starting": ledger.starting,
     }
 
 
