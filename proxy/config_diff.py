@@ -11,8 +11,20 @@ import msgspec
 from proxy.config import Config
 from proxy.config_shape import label, show
 
-# what the keeper opened before the proxy started, and what a running process cannot move
-RESTART: Final = ("server.listen", "server.admin_listen", "server.workers", "store.dir")
+# what the keeper opened before the proxy started, and what a running process reads only once
+RESTART: Final = (
+    "server.listen",
+    "server.admin_listen",
+    "server.workers",
+    "server.fast_lane",
+    "devices.host_memory",
+    "devices.gpu_reserve",
+    "devices.nvidia",
+    "devices.measure_interval_s",
+    "store.dir",
+    "observe.access_log",
+    "observe.log_level",
+)
 RESTART_NOTE: Final = "(needs a restart; until then the old value holds)"
 # lists of secrets: literals may stand in them
 SECRET: Final = ("api_key", "api_keys", "admin_keys")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from proxy.config_diff import diff, needs_restart
 from proxy.config_load import load_text
 
@@ -71,3 +73,12 @@ def test_what_needs_a_restart_is_marked() -> None:
         'server.listen: "127.0.0.1:8080" -> "127.0.0.1:9" (needs a restart; until then the old value holds)',
         "server.drain_s: 30.0 -> 1.0",
     ]
+
+
+@pytest.mark.parametrize(
+    "change", ["[server]\nfast_lane = false", '[devices]\nhost_memory = "9GiB"', '[observe]\naccess_log = "off"']
+)
+def test_what_a_process_reads_once_is_said_to_need_a_restart(change: str) -> None:
+    lines = diff(load_text("", "old"), load_text(change, "new"))
+    assert len(lines) == 1
+    assert lines[0].endswith("(needs a restart; until then the old value holds)")
