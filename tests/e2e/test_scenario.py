@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import pytest
 
+from scheduler.record import replay
 from tests.e2e.harness import REPO, Served
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -59,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, i
     state = tmp_path_factory.mktemp("scenario")
     budget = int(0.9 * psutil.virtual_memory().available)
     (state / "scenario.toml").write_text(configuration(budget), encoding="utf-8")
-    with Served(state / "scenario.toml", state) as running:
+    with Served(state / "scenario.toml", state, "--record", str(state / "decisions.log")) as running:
         yield running, budget
 
 
@@ -204,3 +205,12 @@ def test_what_was_learned_is_kept_and_nothing_is_left_running(served: tuple[Serv
     figures = json.loads(kept.read_bytes())["figures"]
     assert len(figures) == len(MODELS)
     assert all(size > 64 << 20 for sizes in figures.values() for size in sizes)
+
+
+def test_the_log_of_it_all_replays_decision_for_decision(served: tuple[Served, int]) -> None:
+    server, _ = served
+    if server.process.poll() is None:
+        server.stop()
+    replayed = replay(server.log.parent / "decisions.log")
+    assert replayed.difference is None
+    assert replayed.events > REQUESTS
