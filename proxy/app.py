@@ -35,7 +35,8 @@ from proxy.cli_serve import banner
 from proxy.config import Config, ConfigError
 from proxy.config_diff import diff
 from proxy.config_load import Loaded, Start, load_start
-from proxy.config_secrets import ResolvedSecrets, secrets_of
+from proxy.config_secrets import ResolvedSecrets, files_of, secrets_of
+from proxy.config_watch import LOOK_S, Watch
 from proxy.gate.keys import Keys
 from proxy.observe.access_log import AccessLog
 from proxy.observe.engine_metrics import EngineScraper
@@ -74,6 +75,7 @@ class App:
         self._recorder: Recorder | None = None
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
+        self._watch = Watch(_files(loaded))
         self._old_providers: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
@@ -114,6 +116,7 @@ class App:
         )
         runner = await self._admin(listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
+        watching = asyncio.create_task(self._watch_files())
         await self._announce()
         try:
             await self._until_stopped()
@@ -121,8 +124,9 @@ class App:
             if not await server.drain(self._config.server.drain_s):
                 log.warning("%d requests were cut off after %g s", self._handler.in_flight, self._config.server.drain_s)
         finally:
-            measuring.cancel()
-            await asyncio.gather(measuring, return_exceptions=True)
+            for task in (measuring, watching):
+                task.cancel()
+            await asyncio.gather(measuring, watching, return_exceptions=True)
             await server.close()
             await runner.cleanup()
             await self._close()
@@ -242,11 +246,20 @@ class App:
                 self._reload.clear()
                 await self.reload()
 
+    async def _watch_files(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._watch.look() and self._config.server.reload_on_change:
+                log.info("the configuration has changed on disk: reading it again")
+                self._reload.set()
+
     async def reload(self) -> None:
         """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
         self._access_log.reopen()
+        self._watch.read()
         try:
             loaded = load_start(self._start)
+            self._watch.follow(_files(loaded))  # also when a secret is missing: it may come later
             secrets = secrets_of(loaded.config, loaded.base_dir, loaded.source)
             catalog = Catalog(loaded.config)
             found: list[Local] = locals_of(loaded.config, catalog, self._devices)
@@ -305,6 +318,11 @@ class App:
     async def _expose(self) -> tuple[bytes, str]:
         own = generate_latest(self._metrics.registry)
         return own + await self._scraper.text(), CONTENT_TYPE_LATEST
+
+
+def _files(loaded: Loaded) -> list[Path]:
+    """What a configuration was read from."""
+    return [*([loaded.file] if loaded.file else []), *files_of(loaded.config, loaded.base_dir)]
 
 
 def _number(engine_id: str) -> int:

@@ -107,6 +107,10 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         bool,
         Key("Whether native code carries the calls that go straight through; false leaves all of them to aiohttp."),
     ] = True
+    reload_on_change: Annotated[
+        bool,
+        Key("Whether this file and those it names for secrets are read again when they change, as SIGHUP asks for."),
+    ] = True
     drain_s: Annotated[
         float, Key("How long requests in flight may go on after SIGTERM before they are cut off.", low=0, high=DAY_S)
     ] = 30.0

@@ -40,11 +40,13 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A configuration, what to call where it came from, and the folder at which its relative paths start."""
+    """A configuration, what to call where it came from, the folder at which its relative paths start, and its file
+    (None: it came from the command line)."""
 
     config: Config
     source: str
     base_dir: Path
+    file: Path | None = None
 
 
 def load(path: Path, overrides: Mapping[str, object] | None = None, *, engine: str = "auto") -> Config:
@@ -89,7 +91,7 @@ def load_start(start: Start) -> Loaded:
         config = load(path, overrides, engine=start.engine)
     except ConfigError as error:
         raise ConfigError([*error.problems, *([] if start.config is not None else [NO_DEMO])]) from None
-    return Loaded(config, str(path), path.resolve().parent)
+    return Loaded(config, str(path), path.resolve().parent, path)
 
 
 def demo_path() -> Path:

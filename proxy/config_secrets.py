@@ -60,6 +60,13 @@ def secrets_of(config: Config, base_dir: Path, source: str = "config") -> Resolv
     return msgspec.structs.replace(resolved, warnings=tuple(reader.warnings))
 
 
+def files_of(config: Config, base_dir: Path) -> list[Path]:
+    """The files that `secrets_of` reads."""
+    backends = [backend.api_key for backend in config.backends if backend.api_key is not None]
+    texts = [*config.server.api_keys, *config.server.admin_keys, *backends]
+    return [_path(base_dir, rest) for how, _, rest in (text.partition(":") for text in texts) if how == "file"]
+
+
 class _Reader:
     """Reads secrets one by one and notes what is wrong, so that all of it is reported together."""
 
@@ -111,7 +118,7 @@ class _Reader:
         return []
 
     def _file(self, path: str, name: str) -> list[NamedKey]:
-        file = self.base_dir / Path(name).expanduser()
+        file = _path(self.base_dir, name)
         try:
             mode = file.stat().st_mode
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -128,6 +135,10 @@ class _Reader:
 
     def _problem(self, path: str, says: str) -> None:
         self.problems.append(f"{self.source}: {path} {says}")
+
+
+def _path(base_dir: Path, name: str) -> Path:
+    return base_dir / Path(name).expanduser()
 
 
 def _lines(file: Path, lines: list[str]) -> Iterator[NamedKey]:

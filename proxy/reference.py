@@ -47,7 +47,8 @@ file, `vramp serve` serves what `--model PATH` names, or the demo.
   warning.
 - **Errors** are reported all together, a line each with file, key, value and remedy; unknown keys are errors.
   `vramp check FILE` shows them without starting anything.
-- **Reload**: SIGHUP reads the file again. A file with an error changes nothing.
+- **Reload**: SIGHUP reads the file again, and so does a change of it or of a file that it names for secrets, a second
+  or two later (`reload_on_change`). A file with an error changes nothing.
   {restart} need a restart.
 
 Written from the code by `python -m proxy.reference`.

@@ -230,6 +230,28 @@ def test_a_reload_changes_what_it_should_and_a_bad_file_changes_nothing(served: 
     served.wait(lambda: "hangs" in listed(), "the keeper did not pass the signal on")
 
 
+def test_a_changed_file_is_read_by_itself_and_a_bad_one_is_complained_about_once(served: Served) -> None:
+    path = served.log.parent / "vramp.toml"
+
+    def listed() -> list[str]:
+        return [model["id"] for model in json.loads(served.get("/v1/models"))["data"]]
+
+    def replaced(text: str) -> None:
+        (path.parent / "new").write_text(text)
+        (path.parent / "new").rename(path)
+
+    replaced(CONFIG.replace('id = "hangs"', 'id = "by-itself"'))
+    served.wait(lambda: "by-itself" in listed(), "the file was not read")
+    replaced(CONFIG.replace("memory_bytes", "momery_bytes"))
+    served.wait(lambda: "momery_bytes" in served.tail(), "the bad file was not complained about")
+    complaints = served.tail(100_000).count("models[a].momery_bytes")
+    time.sleep(2.5)  # two looks more
+    assert served.tail(100_000).count("models[a].momery_bytes") == complaints == 1
+    assert "by-itself" in listed()
+    replaced(CONFIG)
+    served.wait(lambda: "hangs" in listed(), "the file was not read after a bad one")
+
+
 def test_a_killed_proxy_comes_back_with_its_engines(served: Served) -> None:
     chat(served, "a")
     engine, proxy = served.model("a")["pids"], served.proxy_pid()
