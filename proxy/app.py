@@ -32,22 +32,15 @@ from proxy.admin.status import status
 from proxy.assembly import Local, devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.cli_serve import banner
-from proxy.config import Config, ConfigError
+from proxy.config import ConfigError
 from proxy.config_diff import diff
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import ResolvedSecrets, files_of, secrets_of
 from proxy.config_watch import LOOK_S, Watch
-from proxy.gate.keys import Keys
-from proxy.observe.access_log import AccessLog
 from proxy.observe.engine_metrics import EngineScraper
 from proxy.observe.metrics import Metrics
 from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
-from proxy.providers.base import Provider
-from proxy.providers.openai import OpenAIProvider
-from proxy.server import http
-from proxy.server.handler import Handler
-from proxy.server.state import State
-from proxy.sizes import byte_size
+from proxy.server.serving import Serving
 from scheduler.core import Core
 from scheduler.driver import Scheduler
 from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
@@ -76,7 +69,6 @@ class App:
         self._stop = asyncio.Event()
         self._reload = asyncio.Event()
         self._watch = Watch(_files(loaded))
-        self._old_providers: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
@@ -86,8 +78,6 @@ class App:
         self._locals = locals_of(self._config, self._catalog, self._devices)
         self._metrics = Metrics()
         self._scheduler_metrics = SchedulerMetrics(self._metrics.registry)
-        self._access_log = AccessLog(self._config.observe.access_log)
-        self._providers = self._providers_of(self._config, secrets)
 
     async def run(self) -> None:
         """Serve until SIGTERM, then drain."""
@@ -108,26 +98,20 @@ class App:
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable)
-        self._handler = Handler(
-            self._state(), self._scheduler, self._metrics, self._access_log, residency=self._residency
-        )
-        server = await http.start(
-            self._handler, listeners.get("http", []), self._limits(), fast=self._config.server.fast_lane
-        )
+        self._front = Serving(self._config, self._secrets, self._scheduler, self._metrics, residency=self._residency)
+        await self._front.start(listeners.get("http", []))
         runner = await self._admin(listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
         watching = asyncio.create_task(self._watch_files())
         await self._announce()
         try:
             await self._until_stopped()
-            log.info("draining: %d requests in flight", self._handler.in_flight)
-            if not await server.drain(self._config.server.drain_s):
-                log.warning("%d requests were cut off after %g s", self._handler.in_flight, self._config.server.drain_s)
+            await self._front.drain(self._config.server.drain_s)
         finally:
             for task in (measuring, watching):
                 task.cancel()
             await asyncio.gather(measuring, watching, return_exceptions=True)
-            await server.close()
+            await self._front.close()
             await runner.cleanup()
             await self._close()
 
@@ -148,22 +132,6 @@ class App:
         log.info("every decision is recorded in %s; `vramp simulate --replay` runs it again", path)
         return RecordedCore(opening, self._recorder)
 
-    def _providers_of(self, config: Config, secrets: ResolvedSecrets) -> dict[str, Provider]:
-        return {
-            backend.name: OpenAIProvider(
-                backend, secrets.backend_keys.get(backend.name), connect_s=config.timeouts.connect_s
-            )
-            for backend in config.backends
-        }
-
-    def _state(self) -> State:
-        return State.of(self._config, self._catalog, Keys(self._secrets.api_keys), self._providers)
-
-    def _limits(self) -> http.Limits:
-        return http.Limits(
-            max_header=byte_size(self._config.limits.max_header), write_stall_s=self._config.timeouts.write_stall_s
-        )
-
     async def _admin(self, sockets: Sequence[Any]) -> web.AppRunner:
         admin = Admin(
             self._scheduler,
@@ -171,7 +139,7 @@ class App:
             models=lambda: [self._profile(deployment) for deployment in self._catalog],
             metrics=self._expose,
             scheduler_state=lambda: scheduler_view(self._scheduler, asyncio.get_running_loop().time()),
-            ready=lambda: self._handler.ready,
+            ready=lambda: self._front.ready,
             keys=lambda: tuple(key.secret.reveal() for key in self._secrets.admin_keys),
         )
         runner = web.AppRunner(admin.app(), access_log=None, shutdown_timeout=1.0)
@@ -217,13 +185,8 @@ class App:
             await self._supervisor.warm_up(local.launch.kind)
 
     async def _close(self) -> None:
-        await self._access_log.close()
         if self._recorder is not None:
             self._recorder.close()
-        for provider in self._providers.values():
-            await provider.close()
-        for task in self._old_providers:
-            task.cancel()
         await self._session.close()
         self._link.close()
 
@@ -255,7 +218,7 @@ class App:
 
     async def reload(self) -> None:
         """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
-        self._access_log.reopen()
+        self._front.reopen_log()
         self._watch.read()
         try:
             loaded = load_start(self._start)
@@ -269,28 +232,13 @@ class App:
             return
         for line in diff(self._config, loaded.config):
             log.info("reload: %s", line)
-        old = self._providers
         self._config, self._secrets, self._catalog, self._locals = loaded.config, secrets, catalog, found
-        self._providers = self._providers_of(loaded.config, secrets)
-        self._handler.state = self._state()
+        self._front.configure(loaded.config, secrets)
         specs = tuple(local.spec for local in found)
         self._scheduler.reload(
             ConfigChanged(specs, settings_of(loaded.config)), {local.spec.name: local.launch for local in found}
         )
         await self._warm_up()
-        self._retire(old)
-
-    def _retire(self, providers: dict[str, Provider]) -> None:
-        """Close the old pools once nothing that uses them can be in flight any more."""
-
-        async def later() -> None:
-            await asyncio.sleep(self._config.timeouts.total_s)
-            for provider in providers.values():
-                await provider.close()
-
-        task = asyncio.create_task(later())
-        self._old_providers.add(task)
-        task.add_done_callback(self._old_providers.discard)
 
     # ----------------------------------------------------------------- answers
 

@@ -1,0 +1,116 @@
+"""What serves clients: the handler and its lanes, the providers, the access log, under one configuration after another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+from proxy.catalog.catalog import Catalog, Deployment
+from proxy.config import Config
+from proxy.config_secrets import ResolvedSecrets
+from proxy.gate.keys import Keys
+from proxy.observe.access_log import AccessLog
+from proxy.observe.metrics import Metrics
+from proxy.providers.base import Provider
+from proxy.providers.openai import OpenAIProvider
+from proxy.server import http
+from proxy.server.handler import Handler
+from proxy.server.journey import Leases
+from proxy.server.state import State
+from proxy.sizes import byte_size
+
+log = logging.getLogger("vramp.server")
+
+
+class Serving:
+    """Serves one configuration after another, in this process. Made inside the running loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        secrets: ResolvedSecrets,
+        leases: Leases,
+        metrics: Metrics,
+        *,
+        residency: Callable[[Deployment], str],
+    ) -> None:
+        self._config = config
+        self._access_log = AccessLog(config.observe.access_log)
+        self._providers = _providers_of(config, secrets)
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._server: http.Server | None = None
+        self._handler = Handler(self._state(config, secrets), leases, metrics, self._access_log, residency=residency)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being answered."""
+        return self._handler.in_flight
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are welcome."""
+        return self._handler.ready
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve on these listening sockets, which stay the caller's."""
+        limits = http.Limits(
+            max_header=byte_size(self._config.limits.max_header), write_stall_s=self._config.timeouts.write_stall_s
+        )
+        self._server = await http.start(self._handler, sockets, limits, fast=self._config.server.fast_lane)
+
+    def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
+        """New requests follow this configuration; those in flight keep the one they began with."""
+        old, self._providers = self._providers, _providers_of(config, secrets)
+        self._config = config
+        self._handler.state = self._state(config, secrets)
+        self._retire(old)
+
+    def reopen_log(self) -> None:
+        """Open the access log anew, after logrotate moved it."""
+        self._access_log.reopen()
+
+    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+        """Let what is in flight finish; True when all of it did in time. See `http.Server.drain`."""
+        if self._server is None:
+            return True
+        log.info("draining: %d requests in flight", self.in_flight)
+        drained = await self._server.drain(timeout_s, accept=accept)
+        if not drained:
+            log.warning("%d requests were cut off after %g s", self.in_flight, timeout_s)
+        return drained
+
+    async def close(self) -> None:
+        """Cut off what is left, and close everything."""
+        if self._server is not None:
+            await self._server.close()
+        await self._access_log.close()
+        for task in self._retiring:
+            task.cancel()
+        for provider in self._providers.values():
+            await provider.close()
+
+    def _state(self, config: Config, secrets: ResolvedSecrets) -> State:
+        return State.of(config, Catalog(config), Keys(secrets.api_keys), self._providers)
+
+    def _retire(self, providers: Mapping[str, Provider]) -> None:
+        """Close the old pools once nothing that uses them can be in flight any more."""
+
+        async def later() -> None:
+            await asyncio.sleep(self._config.timeouts.total_s)
+            for provider in providers.values():
+                await provider.close()
+
+        task = asyncio.create_task(later())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+
+def _providers_of(config: Config, secrets: ResolvedSecrets) -> dict[str, Provider]:
+    return {
+        backend.name: OpenAIProvider(
+            backend, secrets.backend_keys.get(backend.name), connect_s=config.timeouts.connect_s
+        )
+        for backend in config.backends
+    }
