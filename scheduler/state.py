@@ -1,4 +1,4 @@
-"""The core's memory of one model and of one engine. Fields and small questions; `scheduler.core` decides."""
+"""The core's memory of one model and of one engine. Fields and small questions; others decide."""
 
 from __future__ import annotations
 

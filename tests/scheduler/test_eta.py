@@ -58,7 +58,7 @@ def test_four_of_five_waits_end_inside_the_interval_quoted_when_they_began(seed:
     quotes: dict[int, tuple[float, float]] = {}
 
     def watch(event: object, now: float) -> None:
-        for ticket_id, waiting in core._waiting.items():
+        for ticket_id, waiting in core.tickets.waiting.items():
             if ticket_id not in quotes:
                 eta = core.quote(waiting.ticket, now).eta
                 quotes[ticket_id] = (now + eta.low_s, now + eta.high_s)

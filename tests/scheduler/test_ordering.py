@@ -138,8 +138,8 @@ def test_a_rare_model_is_served_within_its_classs_worst_wait(make: type, latency
 
     def watch(_what: object, now: float) -> None:
         nonlocal ahead
-        if now < 5.0 + 40.0 * 30.0 and any(w.ticket.id == 600 for w in core._waiting.values()):
-            ahead = max(ahead, sum(w.overdue_s <= now for w in core._waiting.values()))
+        if now < 5.0 + 40.0 * 30.0 and any(w.ticket.id == 600 for w in core.tickets.waiting.values()):
+            ahead = max(ahead, sum(w.overdue_s <= now for w in core.tickets.waiting.values()))
 
     waits = Simulation(core, REFERENCE.service_s, requests, observe=watch).run().waits_s
     bound = worst_wait_s(
