@@ -202,7 +202,11 @@ def _kind(
         )
     if backend.kind == "simulated":
         return SimulatedKind(
-            model=model.id, task=model.task, memory_bytes=memory, **msgspec.structs.asdict(model.simulated)
+            model=model.id,
+            task=model.task,
+            memory_bytes=memory,
+            max_sequences=model.max_sequences,
+            **msgspec.structs.asdict(model.simulated),
         )
     largest = max((each.spec.capacity_bytes for each in devices if each.spec.kind == device), default=memory)
     return VllmKind(

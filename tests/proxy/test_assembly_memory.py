@@ -92,3 +92,15 @@ def test_the_first_load_of_an_engine_is_guessed_by_how_it_starts(folder: Path) -
     with_weights_of_another_kind = folder / "model.safetensors"
     with_weights_of_another_kind.unlink()
     assert spec_of(folder, memory_bytes="5GiB").load_estimate_s == 25.0
+
+
+def test_a_simulated_engine_takes_as_many_requests_at_once_as_the_scheduler_sends() -> None:
+    raw = {
+        "devices": {"simulated": [{"name": "sim0", "memory": "8GiB"}]},
+        "backends": [{"name": "sim", "kind": "simulated"}],
+        "models": [{"id": "m", "backend": "sim", "memory_bytes": "1GiB", "max_sequences": 64}],
+    }
+    config = msgspec.convert(raw, Config)
+    (local,) = locals_of(config, Catalog(config), [Gpu()])
+    assert local.spec.max_sequences == 64
+    assert "--max-sequences=64" in local.launch.kind.spawn_spec(1, {}).argv
