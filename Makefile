@@ -5,7 +5,7 @@ SETUP := python3 scripts/setup.py --engine $(ENGINE)
 # Byte code halves the start of an engine; some machines switch it off for everyone.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup dev models run test test-fast check bench bench-ext sim load clean
+.PHONY: help setup dev models run test test-fast check bench bench-ext sim load soak streams overload clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ test: dev  ## all tests, those on real vLLM included
 	@$(PY) -m pytest $(if $(filter simulated,$(ENGINE)),-m "not engine")
 
 test-fast:  ## tests that need no engine
-	@python3 scripts/setup.py --engine none --dev && $(PY) -m pytest -m "not engine"
+	@python3 scripts/setup.py --engine none --dev && $(PY) -m pytest -m "not engine and not load"
 
 check:  ## ruff, mypy, cython-lint, architecture
 	@python3 scripts/setup.py --engine none --dev && $(PY) scripts/check.py
@@ -43,6 +43,15 @@ sim: dev  ## policies against the optimum, printed (TRACES=FOLDER)
 
 load: dev  ## locust against a running vramp (HOST=URL)
 	@$(PY) -m locust -f loadtests/locustfile.py --host $(or $(HOST),http://127.0.0.1:8080) --headless --only-summary -u 20 -r 5 -t 60s
+
+soak: dev  ## half an hour of everything, and whether anything grows (MINUTES=30)
+	@$(PY) -m loadtests.soak --minutes $(or $(MINUTES),30)
+
+streams: dev  ## ten thousand streams at once, every event checked
+	@$(PY) -m loadtests.streams
+
+overload: dev  ## five times what an engine can do
+	@$(PY) -m loadtests.overload
 
 clean:  ## remove .venv, .models, .state and everything built
 	@rm -rf .venv .models .state build dist *.egg-info ext/*.so ext/*.c ext/*.cpp .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -92,6 +92,7 @@ class Subject(msgspec.Struct):
 
     process: subprocess.Popen[bytes]
     port: int
+    admin_port: int = 0
 
     def tree(self) -> list[psutil.Process]:
         """The process and all below it."""
@@ -116,6 +117,11 @@ def cores() -> tuple[set[int], set[int]]:
     """The core of the subject and those of client and upstream; the same ones where there is only one."""
     allowed = sorted(os.sched_getaffinity(0))
     return {allowed[0]}, set(allowed[1:]) or {allowed[0]}
+
+
+def everywhere() -> set[int]:
+    """All the cores that there are for us."""
+    return set(os.sched_getaffinity(0))
 
 
 def spawn(argv: list[str], cwd: str, core: set[int], log: Path | None = None) -> subprocess.Popen[bytes]:
@@ -163,21 +169,26 @@ def printing_its_port(argv: list[str], core: set[int]) -> Iterator[Subject]:
         yield Subject(process, int(line))
 
 
+def bench_config(upstream_port: int) -> str:
+    """configs/bench.toml, but for the upstream's port."""
+    text = CONFIG.read_text(encoding="utf-8")
+    base_url = tomllib.loads(text)["backends"][0]["base_url"]
+    return text.replace(base_url, f"http://127.0.0.1:{upstream_port}/v1")
+
+
 @contextlib.contextmanager
-def vramp(upstream_port: int, core: set[int]) -> Iterator[Subject]:
-    """vramp with configs/bench.toml, but for the upstream's port and its own."""
+def vramp(config_text: str, core: set[int], *options: str) -> Iterator[Subject]:
+    """vramp with this configuration, but for its ports."""
     with tempfile.TemporaryDirectory(prefix="vramp-bench-") as folder:
-        text = CONFIG.read_text(encoding="utf-8")
-        base_url = tomllib.loads(text)["backends"][0]["base_url"]
         config, log = Path(folder, "bench.toml"), Path(folder, "log")
-        config.write_text(text.replace(base_url, f"http://127.0.0.1:{upstream_port}/v1"), encoding="utf-8")
+        config.write_text(config_text, encoding="utf-8")
         port, admin = free_port(), free_port()
-        argv = ["-m", "proxy.cli", "serve", "--config", str(config)]
+        argv = ["-m", "proxy.cli", "serve", "--config", str(config), *options]
         argv += ["--listen", f"127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{admin}"]
         process = spawn(argv, folder, core, log)
         with stopping(process):
             wait_until_ready(process, port, log)
-            yield Subject(process, port)
+            yield Subject(process, port, admin)
 
 
 def free_port() -> int:
@@ -288,7 +299,7 @@ def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
         url = f"http://127.0.0.1:{upstream.port}"
         with printing_its_port(["-m", "loadtests.plain_relay", url], theirs) as relay:
             found.append(uvloop.run(figures("plain aiohttp relay", relay, step)))
-        with vramp(upstream.port, theirs) as subject:
+        with vramp(bench_config(upstream.port), theirs) as subject:
             found.append(uvloop.run(figures("vramp", subject, step)))
     return alone, found
 

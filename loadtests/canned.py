@@ -58,6 +58,11 @@ STREAM_END = _FINISH + _END
 STREAM_END_WITH_USAGE = _FINISH + _chunked(_event([], usage=_USAGE)) + _END
 
 
+def numbered(number: int) -> bytes:
+    """The event that says its number in its stream, in six digits: `EVENT`'s length."""
+    return EVENT.replace(b" token", b"%06d" % number)
+
+
 def events_of(model: str) -> int:
     """How many `data:` lines a client sees of this model's stream: its tokens, the finish reason, [DONE]."""
     return int(model.split("-")[1]) + 2

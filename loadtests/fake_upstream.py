@@ -51,12 +51,12 @@ class Upstream(asyncio.Protocol):
         else:
             last = canned.STREAM_END_WITH_USAGE if b'"include_usage"' in got else canned.STREAM_END
             self._transport.write(canned.STREAM_HEAD)
-            self._stream(int(streamed[1]), int(streamed[2]) / 1000, last)
+            self._stream(0, int(streamed[1]), int(streamed[2]) / 1000, last)
 
-    def _stream(self, left: int, each_s: float, last: bytes) -> None:
-        if left:
-            self._transport.write(canned.EVENT)
-            self._timer = self._loop.call_later(each_s, self._stream, left - 1, each_s, last)
+    def _stream(self, number: int, events: int, each_s: float, last: bytes) -> None:
+        if number < events:
+            self._transport.write(canned.numbered(number))
+            self._timer = self._loop.call_later(each_s, self._stream, number + 1, events, each_s, last)
         else:
             self._transport.write(last)
 
