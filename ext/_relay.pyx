@@ -147,7 +147,9 @@ cdef enum:
     MOST_ANSWER = 1 << 20  # an answer up to this size is held until it is whole
     MOST_REFUSAL = 64 << 10  # no error envelope is larger
     TAIL = 4096  # of a larger answer, where its usage is
+    LEAST_READ = 4096  # room for this much is made before a read that goes on with a request
     SMALL = 16 << 10  # a connection keeps a buffer of this size when it has nothing to hold
+    MOST_SPARE = 64  # larger buffers, of SCRATCH bytes, that the relay keeps for the next large requests
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
     NAME = 40  # longer header names are none of ours
@@ -613,20 +615,60 @@ cdef class Client(Conn):
         return 0
 
     cdef int _readable(self) except -1:
-        cdef ssize_t size = recv(self._fd, self._relay._scratch, SCRATCH, 0)
+        cdef ssize_t size = self._receive()
         if size <= 0:
             if size < 0 and (errno == EAGAIN or errno == EINTR):
                 return 0
             self._gone()
             return 0
-        if self._in_len + size > self._in_cap:
-            self._in = _grown(self._in, &self._in_cap, self._in_len + size)
-        memcpy(self._in + self._in_len, self._relay._scratch, size)
         self._in_len += size
         if self._exchange is None and self._out_len == 0:
             self._requests()
         elif self._in_len > self._head + self._body + MOST_AHEAD:
             self._watch(self._mask & ~<unsigned>EPOLLIN | EPOLLRDHUP)
+        return 0
+
+    cdef ssize_t _receive(self) except? -1:
+        """Read behind what is held; as `recv` answers. What is large is not copied: it stays where it was read."""
+        cdef char* read
+        cdef ssize_t size
+        if self._in_len:
+            self._reserve_in(max(self._head + self._body, self._in_len + LEAST_READ))
+            return recv(self._fd, self._in + self._in_len, self._in_cap - self._in_len, 0)
+        read = self._relay._scratch
+        size = recv(self._fd, read, SCRATCH, 0)
+        if size > SMALL:
+            self._relay._scratch = self._relay._lend()
+            self._let_go()
+            self._in, self._in_cap = read, SCRATCH
+        elif size > 0:
+            self._reserve_in(size)
+            memcpy(self._in, read, size)
+        return size
+
+    cdef int _reserve_in(self, size_t size) except -1:
+        """Make room for so many bytes from the first on. What is large is lent by the relay: memory fresh from the
+        system costs more than all else that is done to a large request."""
+        cdef char* lent
+        if size <= self._in_cap:
+            return 0
+        if not SMALL < size <= SCRATCH:
+            self._in = _grown(self._in, &self._in_cap, size)
+            return 0
+        lent = self._relay._lend()
+        memcpy(lent, self._in, self._in_len)
+        self._let_go()
+        self._in, self._in_cap = lent, SCRATCH
+        return 0
+
+    cdef int _let_go(self) except -1:
+        """Hold no buffer."""
+        if self._in_cap == SCRATCH:
+            self._relay._take_back(self._in)
+        else:
+            free(self._in)
+        self._in = NULL
+        self._in_cap = 0
         return 0
 
     cdef int _gone(self) except -1:
@@ -892,9 +934,7 @@ cdef class Client(Conn):
         if self._in_len:
             memmove(self._in, self._in + taken, self._in_len)
         elif self._in_cap > SMALL:
-            free(self._in)
-            self._in = NULL
-            self._in_cap = 0
+            self._let_go()
         self._head = self._body = self._searched = 0
         self.headers = None
         self._request_head = None
@@ -1363,7 +1403,8 @@ cdef class Relay:
     cdef set _open_conns
     cdef list _grave, _slots, _unsent
     cdef char* _scratch
-    cdef bint _closing
+    cdef vector[char*] _spare
+    cdef bint _lent, _closing
 
     def __cinit__(self, owner, *, paths, kept, foreign, passed, passed_families, double keepalive_s):
         self._owner = owner
@@ -1385,9 +1426,32 @@ cdef class Relay:
             raise MemoryError
 
     def __dealloc__(self):
+        cdef char* spare
         free(self._scratch)
+        for spare in self._spare:
+            free(spare)
         if self._ep >= 0:
             epoll_close(self._ep)
+
+    cdef char* _lend(self) except NULL:
+        """A buffer of SCRATCH bytes."""
+        cdef char* lent
+        self._lent = True
+        if self._spare.empty():
+            lent = <char*>malloc(SCRATCH)
+            if lent == NULL:
+                raise MemoryError
+            return lent
+        lent = self._spare.back()
+        self._spare.pop_back()
+        return lent
+
+    cdef int _take_back(self, char* lent) except -1:
+        if self._spare.size() < MOST_SPARE:
+            self._spare.push_back(lent)
+        else:
+            free(lent)
+        return 0
 
     def fileno(self):
         """The epoll descriptor, for an event loop to watch."""
@@ -1458,6 +1522,10 @@ cdef class Relay:
         cdef Conn conn
         cdef list due
         self._now = vr_now()
+        if not self._lent and not self._spare.empty():
+            free(self._spare.back())
+            self._spare.pop_back()
+        self._lent = False
         until = self._now // TICK
         tick = max(self._ticked, until - SLOTS) + 1
         self._ticked = until

@@ -74,6 +74,16 @@ def test_a_damaged_body_is_never_taken_for_a_good_one(body: bytes, cut: int, new
         assert decoded("/v1/completions", damaged, scan, patch) == decoded("/v1/completions", damaged, pure_scan, patch)
 
 
+@pytest.mark.parametrize("odd", ['"', "\\", "\\n", "\x1f", "\x00", "\x7f", "é", "😀", "\udc80"])
+def test_what_is_odd_is_seen_wherever_it_is_in_a_long_text(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at in (*range(150), 1000):
+        text = "a" * at + odd + "a" * (150 - at % 150)
+        body = b'{"model":"m","prompt":"%b","n":1}' % text.encode("utf-8", "surrogateescape")
+        path = "/v1/completions"
+        assert decoded(path, body, scan, monkeypatch) == decoded(path, body, pure_scan, monkeypatch)
+        assert (scan(body, 8) is None) == (odd in ('"', "\\", "\x1f", "\x00", "\udc80"))
+
+
 @given(body=BODIES)
 def test_splicing_by_spans_is_splicing_by_search(body: bytes) -> None:
     scanned = scan(body, 256)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from proxy.config import BackendConfig, TimeoutsConfig
 from proxy.observe import access_log
@@ -226,6 +227,31 @@ async def test_pipelined_requests_are_answered_in_their_order(fast: Proxy, hande
     writer.close()
     assert handed_over == []
     assert len(fast.scheduler.tickets) == 5
+
+
+async def test_requests_of_any_size_in_any_pieces_keep_to_themselves(fast: Proxy, handed_over: list[bytes]) -> None:
+    """Large requests are read into buffers that go from one to the other, and back when their answers begin."""
+
+    async def echo(_: Any, body: bytes) -> web.StreamResponse:
+        return web.Response(body=body, content_type="application/json")
+
+    async def ask(mark: int) -> None:
+        reader, writer = await asyncio.open_connection(*fast.address)
+        for size in (10, 100_000, 20_000, 10, 200_000, 130_000, 16_300):
+            text = f"{mark}-" + "abcdefg"[mark] * size
+            data = request(call(messages=[{"role": "user", "content": text}]))
+            for at in range(0, len(data), 7_000 + 9_000 * mark):
+                writer.write(data[at : at + 7_000 + 9_000 * mark])
+                await writer.drain()
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            length = int(re.search(rb"(?i)Content-Length: (\d+)", head)[1])  # type: ignore[index]
+            assert json.loads(await reader.readexactly(length))["messages"][0]["content"] == text
+        writer.close()
+
+    fast.upstream.behave = echo
+    await asyncio.gather(*(ask(mark) for mark in range(7)))
+    assert handed_over == []
 
 
 async def test_after_an_odd_request_the_connection_goes_on(fast: Proxy) -> None:
