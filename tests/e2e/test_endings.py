@@ -1,6 +1,7 @@
 """Every way in which a request can end too early, at every point of its way, on both lanes.
 
-However it ends: one line in the access log, nothing in flight, nothing waiting, no lease left, and the next request works.
+However it ends: one line in the access log, nothing in flight, nothing waiting, no lease left, and the next request
+works.
 """
 
 from __future__ import annotations
