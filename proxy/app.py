@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from proxy.assembly import Local, devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.cli_serve import banner
 from proxy.config import ConfigError
+from proxy.config_check import open_problems
 from proxy.config_diff import diff
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import ResolvedSecrets, files_of, secrets_of
@@ -52,14 +55,19 @@ from scheduler.record import Opening, RecordedCore, Recorder, free_path
 
 log = logging.getLogger("vramp")
 
+Listeners = Mapping[str, Sequence[socket.socket]]
+
 REFUSED = 2  # the keeper does not start us again: this configuration cannot be served
 
 
 class App:
     """A serving proxy. `run` returns when it was asked to stop and has drained."""
 
-    def __init__(self, start: Start, loaded: Loaded, secrets: ResolvedSecrets, link: KeeperLink) -> None:
+    def __init__(
+        self, start: Start, loaded: Loaded, secrets: ResolvedSecrets, link: KeeperLink, listeners: Listeners
+    ) -> None:
         self._start = start
+        self._listeners = listeners
         self._config = loaded.config
         self._source = loaded.source
         self._secrets = secrets
@@ -81,7 +89,6 @@ class App:
 
     async def run(self) -> None:
         """Serve until SIGTERM, then drain."""
-        listeners = inherited_listeners()
         adoptable = await self._supervisor.adopt()
         footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
         engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
@@ -99,8 +106,8 @@ class App:
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable)
         self._front = Serving(self._config, self._secrets, self._scheduler, self._metrics, residency=self._residency)
-        await self._front.start(listeners.get("http", []))
-        runner = await self._admin(listeners.get("admin", []))
+        await self._front.start(self._listeners.get("http", []))
+        runner = await self._admin(self._listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
         watching = asyncio.create_task(self._watch_files())
         await self._announce()
@@ -175,8 +182,7 @@ class App:
                 self._scheduler.dispatch(LoadAsked(local.spec.name))
         await self._warm_up()
         self._link.ready()
-        server = self._config.server
-        urls = (f"http://{server.listen}", f"http://{server.admin_listen}")
+        urls = [f"http://{address}" for name in ("http", "admin") for address in addresses(self._listeners, name)[:1]]
         print(banner(self._config, urls), flush=True)
 
     async def _warm_up(self) -> None:
@@ -223,12 +229,13 @@ class App:
         try:
             loaded = load_start(self._start)
             self._watch.follow(_files(loaded))  # also when a secret is missing: it may come later
-            secrets = secrets_of(loaded.config, loaded.base_dir, loaded.source)
+            secrets = secrets_for(loaded, self._listeners)
             catalog = Catalog(loaded.config)
             found: list[Local] = locals_of(loaded.config, catalog, self._devices)
         except ConfigError as error:
             for problem in error.problems:
                 log.error("not reloaded: %s", problem)
+            self._link.reloaded("a changed configuration was refused, its errors are in the log")
             return
         for line in diff(self._config, loaded.config):
             log.info("reload: %s", line)
@@ -239,6 +246,7 @@ class App:
             ConfigChanged(specs, settings_of(loaded.config)), {local.spec.name: local.launch for local in found}
         )
         await self._warm_up()
+        self._link.reloaded("the configuration was read again")
 
     # ----------------------------------------------------------------- answers
 
@@ -266,6 +274,21 @@ class App:
     async def _expose(self) -> tuple[bytes, str]:
         own = generate_latest(self._metrics.registry)
         return own + await self._scraper.text(), CONTENT_TYPE_LATEST
+
+
+def secrets_for(loaded: Loaded, listeners: Listeners) -> ResolvedSecrets:
+    """The secrets of a configuration with which these listeners may be served. Raises ConfigError."""
+    server = loaded.config.server
+    found = open_problems(server, addresses(listeners, "http"), addresses(listeners, "admin"))
+    if problems := [f"{loaded.source}: {problem.path} {problem.says}" for problem in found]:
+        raise ConfigError(problems)
+    return secrets_of(loaded.config, loaded.base_dir, loaded.source)
+
+
+def addresses(listeners: Listeners, name: str) -> list[str]:
+    """Where clients (http) or operators (admin) connect, as HOST:PORT."""
+    where = [sock.getsockname()[:2] for sock in listeners.get(name, [])]
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in where]
 
 
 def _files(loaded: Loaded) -> list[Path]:
@@ -307,9 +330,8 @@ async def serve(start: Start) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        app = App(
-            start, loaded, secrets_of(loaded.config, loaded.base_dir, loaded.source), KeeperLink.from_environment()
-        )
+        listeners = inherited_listeners()
+        app = App(start, loaded, secrets_for(loaded, listeners), KeeperLink.from_environment(), listeners)
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -323,6 +345,7 @@ def main() -> int:
     """Run on uvloop."""
     if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         print("warning: aiohttp runs its slow Python parser; install a wheel of it for this platform", file=sys.stderr)
+    faulthandler.enable()  # the keeper ends a proxy that hangs with SIGABRT: then it says where
     gc.freeze()  # what was imported lives as long as we do: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(parse(sys.argv[1:])))

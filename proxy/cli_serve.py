@@ -16,6 +16,7 @@ from proxy.config import Config, ConfigError, ModelConfig
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import secrets_of
 from proxy.preflight import preflight
+from scheduler.engines.keeper_systemd import passed_names
 from scheduler.engines.reaper import reap
 
 # more than any of our limits lets us open; above it, programs that close every possible descriptor get slow
@@ -33,7 +34,7 @@ def serve(start: Start) -> NoReturn:
     if left:
         named = ", ".join(f"{process.pid} ({process.command[:60]})" for process in left)
         _say(f"ended what an earlier vramp left when it was killed: {named}", fatal=False)
-    findings = preflight(loaded.config)
+    findings = preflight(loaded.config, passed=passed_names())
     for finding in findings:
         _say(finding.says, fatal=finding.fatal)
     if any(finding.fatal for finding in findings):
@@ -56,6 +57,7 @@ def keeper_argv(start: Start, config: Config) -> list[str]:
     keeper = [sys.executable, "-m", "scheduler.engines.keeper"]
     keeper += ["--listen", config.server.listen, "--admin-listen", config.server.admin_listen]
     keeper += ["--state-dir", config.store.dir, "--drain-limit", str(config.server.drain_s + DRAIN_GRACE_S)]
+    keeper += ["--hang-limit", str(config.server.hang_limit_s)]
     proxy = [sys.executable, "-m", "proxy.app", "--engine", start.engine]
     options = {
         "config": start.config,

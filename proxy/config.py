@@ -111,6 +111,14 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         bool,
         Key("Whether this file and those it names for secrets are read again when they change, as SIGHUP asks for."),
     ] = True
+    hang_limit_s: Annotated[
+        float,
+        Key(
+            "A proxy whose event loop has stood still for so long is killed and started again; engines stay. 0: never.",
+            low=0,
+            high=DAY_S,
+        ),
+    ] = 30.0
     drain_s: Annotated[
         float, Key("How long requests in flight may go on after SIGTERM before they are cut off.", low=0, high=DAY_S)
     ] = 30.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from proxy.config import CLASSES, LOCAL_KINDS, BackendConfig, Config, DevicesConfig, ModelConfig
+from proxy.config import CLASSES, LOCAL_KINDS, BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig
 from proxy.config_shape import Problem, nearest, parse_listen, show
 from proxy.sizes import byte_size, format_size
 
@@ -35,13 +35,20 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def open_problems(server: ServerConfig, http: Iterable[str], admin: Iterable[str]) -> Iterator[Problem]:
+    """What is open to others and asks nobody for a key. The addresses are those that are listened on, or will be: a
+    running server goes on with the ones it began with, and systemd may have opened others than the file says."""
+    for name, keys, addresses in (("listen", "api_keys", http), ("admin_listen", "admin_keys", admin)):
+        for address in addresses:
+            if not is_loopback(parse_listen(address)[0]) and not getattr(server, keys):
+                remedy = f'set server.{keys}, e.g. ["file:keys.txt"], or listen on 127.0.0.1'
+                says = f"is {show(address)}, open to others, and server.{keys} is empty; {remedy}"
+                yield Problem(f"server.{name}", says)
+
+
 def _server(config: Config) -> Iterator[Problem]:
     server = config.server
-    for name, keys in (("listen", "api_keys"), ("admin_listen", "admin_keys")):
-        address = getattr(server, name)
-        if not is_loopback(parse_listen(address)[0]) and not getattr(server, keys):
-            remedy = f'set server.{keys}, e.g. ["file:keys.txt"], or listen on 127.0.0.1'
-            yield Problem(f"server.{name}", f"is {show(address)}, open to others, and server.{keys} is empty; {remedy}")
+    yield from open_problems(server, [server.listen], [server.admin_listen])
     if server.listen == server.admin_listen and parse_listen(server.listen)[1] != 0:
         yield Problem("server.admin_listen", f"is {show(server.admin_listen)}, as server.listen is; use another port")
     if server.workers > 1:

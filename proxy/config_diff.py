@@ -17,6 +17,7 @@ RESTART: Final = (
     "server.admin_listen",
     "server.workers",
     "server.fast_lane",
+    "server.hang_limit_s",
     "devices.host_memory",
     "devices.gpu_reserve",
     "devices.nvidia",

@@ -13,7 +13,7 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -50,11 +50,12 @@ class HostMemory(NamedTuple):
     available: int
 
 
-def preflight(config: Config, *, ports: bool = True) -> list[Finding]:
-    """Everything found, fatal ones first. Without `ports` for a configuration whose server may be running already."""
+def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = ()) -> list[Finding]:
+    """Everything found, fatal ones first. Without `ports` for a configuration whose server may be running already;
+    listeners that are `passed` to us (http, admin) hold their ports for us."""
     findings = [
-        *(check_port("server.listen", config.server.listen) if ports else ()),
-        *(check_port("server.admin_listen", config.server.admin_listen) if ports else ()),
+        *(check_port("server.listen", config.server.listen) if ports and "http" not in passed else ()),
+        *(check_port("server.admin_listen", config.server.admin_listen) if ports and "admin" not in passed else ()),
         *check_disk(Path(config.store.dir)),
         *check_memory(config, device_specs(config), host_memory()),
         *check_vllm(config),

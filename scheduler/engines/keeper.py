@@ -18,21 +18,18 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections import deque
 from collections.abc import Callable
 
-from scheduler.engines import reaper
+from scheduler.engines import keeper_systemd, reaper
 from scheduler.engines.keeper_children import Child, Children, become_subreaper
 from scheduler.engines.keeper_loop import Channel, Loop, Message
-from scheduler.engines.keeper_sockets import bind_all, say, sd_notify
+from scheduler.engines.keeper_proxies import Proxies, Proxy, ended
+from scheduler.engines.keeper_sockets import Listener, bind_all, say
 
-FAST_DEATH_S = 5.0
-FAST_DEATHS_LIMIT = 10
-BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 5.0
 FORK_LIMIT_S = 20.0
 ENGINE_STOP_S = 10.0
-REFUSED = 2  # exit status of a proxy that will not start with this configuration; starting it again cannot help
+
+Reply = Callable[[Message], None]
 
 
 class Launcher:
@@ -42,7 +39,7 @@ class Launcher:
         self.name, self.state, self.reason = name, "starting", ""
         self.child: Child | None = None
         self.channel: Channel | None = None
-        self.pending: dict[int, Message] = {}
+        self.pending: dict[int, tuple[Message, Reply]] = {}
 
     def describe(self) -> Message:
         """As the proxy is told."""
@@ -54,165 +51,112 @@ class Keeper:
     """The state of everything kept. `run` returns the exit code: 0 after an ordered stop."""
 
     def __init__(
-        self, proxy_argv: list[str], listeners: list[tuple[str, socket.socket]], state_dir: str, drain_limit_s: float
+        self,
+        proxy_argv: list[str],
+        listeners: list[Listener],
+        state_dir: str,
+        drain_limit_s: float,
+        hang_limit_s: float,
     ) -> None:
-        self._proxy_argv, self._listeners, self._drain_limit_s = proxy_argv, listeners, drain_limit_s
-        # SIGUSR2 belongs here when a new version is to be started beside the old one.
+        self._drain_limit_s = drain_limit_s
         self._on_signal: dict[int, Callable[[], None]] = {
             signal.SIGCHLD: self._child_ended,
             signal.SIGTERM: self._asked_to_stop,
             signal.SIGINT: self._asked_to_stop,
-            signal.SIGHUP: lambda: self._signal_child(self._proxy, signal.SIGHUP),
+            signal.SIGHUP: self._asked_to_reload,
         }
         self._loop = Loop()
         self._children = Children(self._loop, reaper.keeper_tag(state_dir), self._on_signal)
+        self._proxies = Proxies(
+            self._loop,
+            self._children,
+            proxy_argv,
+            listeners,
+            hang_limit_s,
+            hear=self._hear,
+            give_up=self._stop,
+            all_gone=self._proxies_gone,
+        )
         self._numbers = itertools.count()
         self._engines: dict[str, Child | None] = {}  # by tag; None while a launcher forks it
         self._launchers: dict[str, Launcher] = {}
-        self._proxy: Child | None = None
-        self._channel: Channel | None = None
-        self._unheard: deque[Message] = deque(maxlen=100)  # ends of engines while there was no proxy
-        self._proxy_started_s = 0.0
-        self._fast_deaths = 0
-        self._was_ready = self._stopping = False
+        self._stopping = False
         self._code = 0
 
     def run(self) -> int:
         """Serve until stopped and nothing is left."""
         self._loop.on_signals(self._on_signal)
-        self._start_proxy()
+        self._proxies.run()
         while len(self._children) or not self._stopping:
             self._loop.turn()
         self._children.sweep()  # what had left its session, or was forked while we stopped
         self._loop.close()
         return self._code
 
-    # -- the proxy ---------------------------------------------------------------------------------------------------
+    # -- what a proxy asks -------------------------------------------------------------------------------------------
 
-    def _start_proxy(self) -> None:
-        if self._stopping:
-            return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        env = {
-            "VRAMP_LISTEN_FDS": ",".join(f"{name}={sock.fileno()}" for name, sock in self._listeners),
-            "VRAMP_KEEPER_FD": str(theirs.fileno()),
-        }
-        inherited = (theirs.fileno(), *(sock.fileno() for _, sock in self._listeners))
-        self._proxy_started_s = time.monotonic()
-        self._channel = Channel(self._loop, ours, self._hear_proxy, say)
-        try:
-            pid = self._children.start(self._proxy_argv, env, "proxy", inherited=inherited)
-        except OSError as error:
-            say(f"cannot start the proxy: {error}")
-            self._channel.close()
-            self._stop(code=1)
-            return
-        finally:
-            theirs.close()
-        self._proxy = Child("proxy", "proxy", pid, self._proxy_gone)
-        self._children.add(self._proxy)
-        while self._unheard:
-            self._channel.send(self._unheard.popleft())
-
-    def _proxy_gone(self, status: int) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._proxy = self._channel = None
-        lived_s = time.monotonic() - self._proxy_started_s
-        if self._stopping:
-            self._code = self._code or (1 if status else 0)
-            self._stop_engines()
-        elif status == REFUSED and not self._was_ready:
-            self._stop(code=REFUSED)
-        else:
-            self._restart_proxy(status, lived_s)
-
-    def _restart_proxy(self, status: int, lived_s: float) -> None:
-        self._fast_deaths = self._fast_deaths + 1 if lived_s < FAST_DEATH_S else 0
-        say(f"the proxy {_ended(status)} after {lived_s:.1f} s; {len(self._living())} engines live on")
-        if self._fast_deaths >= FAST_DEATHS_LIMIT:
-            say(f"that was {self._fast_deaths} times in a row, each time at once: stopping; its last lines are above")
-            self._stop(code=1)
-            return
-        delay_s = 0.0
-        if self._fast_deaths > 1:
-            delay_s = min(BACKOFF_FIRST_S * 2 ** (self._fast_deaths - 2), BACKOFF_LIMIT_S)
-        self._loop.after(delay_s, self._start_proxy)
-
-    def _hear_proxy(self, message: Message) -> None:
-        handlers: dict[str, Callable[[Message], None]] = {
+    def _hear(self, proxy: Proxy, message: Message) -> None:
+        handlers: dict[str, Callable[[Message, Reply], None]] = {
             "spawn": self._spawn,
             "signal": self._signal,
             "list": self._list,
             "launcher": self._start_launcher,
-            "ready": self._ready,
-            "stop": lambda _: self._stop(code=0),
+            "stop": lambda *_: self._stop(code=0),
         }
         try:
-            handlers[message["op"]](message)
+            handlers[message["op"]](message, proxy.send)
         except (ValueError, TypeError, LookupError) as error:
-            self._refuse(message, f"the keeper cannot read this request: {error!r}")
-
-    def _tell(self, message: Message) -> None:
-        if self._channel is not None and self._channel.is_open:
-            self._channel.send(message)
-        elif message["op"] == "exited":
-            self._unheard.append(message)
-
-    def _refuse(self, message: Message, reason: str) -> None:
-        self._tell({"op": "failed", "id": message.get("id"), "reason": reason})
-
-    def _ready(self, _: Message) -> None:
-        if not self._was_ready:
-            self._was_ready = True
-            sd_notify("READY=1")
+            _refuse(message, proxy.send, f"the keeper cannot read this request: {error!r}")
 
     # -- engines -----------------------------------------------------------------------------------------------------
 
-    def _spawn(self, message: Message) -> None:
+    def _spawn(self, message: Message, reply: Reply) -> None:
         tag = message["tag"]
         launcher = self._launchers.get(message["launcher"])
         if self._stopping:
-            self._refuse(message, "everything is being stopped")
+            _refuse(message, reply, "everything is being stopped")
         elif tag in self._engines:
-            self._refuse(message, f"there is an engine {tag} already")
+            _refuse(message, reply, f"there is an engine {tag} already")
         elif not message["warm"]:
-            self._spawn_plain(message, None)
+            self._spawn_plain(message, reply, None)
         elif launcher is not None and launcher.state == "ready" and launcher.channel is not None:
-            self._fork(launcher, launcher.channel, message)
+            self._fork(launcher, launcher.channel, message, reply)
         else:
-            self._spawn_plain(message, f"its launcher is {launcher.state}" if launcher else "it has no launcher")
+            why = f"its launcher is {launcher.state}" if launcher else "it has no launcher"
+            self._spawn_plain(message, reply, why)
 
-    def _spawn_plain(self, message: Message, why: str | None) -> None:
+    def _spawn_plain(self, message: Message, reply: Reply, why: str | None) -> None:
         tag = message["tag"]
         try:
             pid = self._children.start(message["argv"], message["env"], tag, cwd=message["cwd"], log=message["log"])
         except OSError as error:
             self._engines.pop(tag, None)
-            self._refuse(message, f"cannot start it: {error}")
+            _refuse(message, reply, f"cannot start it: {error}")
         else:
-            self._spawned(message, pid, warm=False, why=why)
+            self._spawned(message, reply, pid, warm=False, why=why)
 
-    def _spawned(self, message: Message, pid: int, warm: bool, why: str | None) -> None:
+    def _spawned(self, message: Message, reply: Reply, pid: int, *, warm: bool, why: str | None) -> None:
         tag = message["tag"]
         child = Child("engine", tag, pid, lambda _: self._engine_gone(child), message["meta"])
         self._engines[tag] = child
-        self._tell({"op": "spawned", "id": message["id"], "pid": pid, "warm": warm, "why": why})
+        reply({"op": "spawned", "id": message["id"], "pid": pid, "warm": warm, "why": why})
         self._children.add(child)
         if self._stopping:
             self._signal_child(child, signal.SIGKILL)
 
     def _engine_gone(self, child: Child) -> None:
         del self._engines[child.tag]
-        self._tell({"op": "exited", "tag": child.tag, "pid": child.pid, "status": child.status, "meta": child.meta})
+        self._proxies.tell(
+            {"op": "exited", "tag": child.tag, "pid": child.pid, "status": child.status, "meta": child.meta}
+        )
 
-    def _signal(self, message: Message) -> None:
+    def _signal(self, message: Message, reply: Reply) -> None:
         child = self._engines.get(message["tag"])
         if child is None:
-            self._refuse(message, f"there is no engine {message['tag']}")
+            _refuse(message, reply, f"there is no engine {message['tag']}")
         else:
             self._signal_child(child, message["sig"])
-            self._tell({"op": "done", "id": message["id"]})
+            reply({"op": "done", "id": message["id"]})
 
     def _signal_child(self, child: Child | None, number: int) -> None:
         try:
@@ -224,22 +168,22 @@ class Keeper:
     def _living(self) -> list[Child]:
         return [child for child in self._engines.values() if child is not None and child.status is None]
 
-    def _list(self, message: Message) -> None:
+    def _list(self, message: Message, reply: Reply) -> None:
         engines = [
             {"tag": child.tag, "pid": child.pid, "meta": child.meta, "started_s": child.started_s}
             for child in self._living()
         ]
         launchers = [launcher.describe() for launcher in self._launchers.values()]
-        self._tell({"op": "listed", "id": message["id"], "engines": engines, "launchers": launchers})
+        reply({"op": "listed", "id": message["id"], "engines": engines, "launchers": launchers})
 
     # -- warm launchers ----------------------------------------------------------------------------------------------
 
-    def _start_launcher(self, message: Message) -> None:
+    def _start_launcher(self, message: Message, reply: Reply) -> None:
         launcher = self._launchers.get(message["name"])
         if launcher is None or launcher.child is None:
             launcher = self._launchers[message["name"]] = Launcher(message["name"])
             self._launch(launcher, message)
-        self._tell({**launcher.describe(), "id": message["id"]})
+        reply({**launcher.describe(), "id": message["id"]})
 
     def _launch(self, launcher: Launcher, message: Message) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -260,18 +204,18 @@ class Keeper:
     def _hear_launcher(self, launcher: Launcher, message: Message) -> None:
         if message["op"] in ("ready", "unusable"):
             launcher.state, launcher.reason = message["op"], str(message.get("reason", ""))
-            self._tell(launcher.describe())
+            self._proxies.tell(launcher.describe())
             return
-        asked = launcher.pending.pop(message["id"])
+        asked, reply = launcher.pending.pop(message["id"])
         if message["op"] == "forked":
-            self._spawned(asked, int(message["pid"]), warm=True, why=None)
+            self._spawned(asked, reply, int(message["pid"]), warm=True, why=None)
         else:
-            self._spawn_plain(asked, f"its launcher could not fork: {message.get('reason')}")
+            self._spawn_plain(asked, reply, f"its launcher could not fork: {message.get('reason')}")
 
-    def _fork(self, launcher: Launcher, channel: Channel, message: Message) -> None:
+    def _fork(self, launcher: Launcher, channel: Channel, message: Message, reply: Reply) -> None:
         number = next(self._numbers)
         self._engines[message["tag"]] = None
-        launcher.pending[number] = message
+        launcher.pending[number] = message, reply
         env = {**message["env"], **self._children.marks(message["tag"])}
         order = {"argv": message["argv"], "env": env, "cwd": message["cwd"], "log": message["log"]}
         channel.send({"op": "fork", "id": number, **order})
@@ -287,20 +231,23 @@ class Keeper:
             launcher.channel.drain()
             launcher.channel.close()
         if launcher.state != "unusable":
-            launcher.state, launcher.reason = "ended", f"it {_ended(status)}"
+            launcher.state, launcher.reason = "ended", f"it {ended(status)}"
         launcher.child = launcher.channel = None
-        self._tell(launcher.describe())
+        self._proxies.tell(launcher.describe())
         pending, launcher.pending = launcher.pending, {}
         if pending:
             # It may have forked and not lived to say so: two engines would want one port.
-            self._children.kill_strays([f"launcher:{launcher.name}", *(asked["tag"] for asked in pending.values())])
-        for asked in pending.values():
-            self._spawn_plain(asked, f"its launcher {_ended(status)}")
+            self._children.kill_strays([f"launcher:{launcher.name}", *(asked["tag"] for asked, _ in pending.values())])
+        for asked, reply in pending.values():
+            self._spawn_plain(asked, reply, f"its launcher {ended(status)}")
 
     # -- signals and the end -----------------------------------------------------------------------------------------
 
     def _child_ended(self) -> None:
         self._children.wait(forks_pending=any(launcher.pending for launcher in self._launchers.values()))
+
+    def _asked_to_reload(self) -> None:
+        self._proxies.reload()
 
     def _asked_to_stop(self) -> None:
         if self._stopping:
@@ -314,17 +261,12 @@ class Keeper:
         if self._stopping:
             return
         self._stopping, self._code = True, code
-        sd_notify("STOPPING=1")
-        if self._proxy is None:
-            self._stop_engines()
-            return
-        self._signal_child(self._proxy, signal.SIGTERM)
-        self._loop.after(self._drain_limit_s, self._proxy_overdue)
+        keeper_systemd.notify("STOPPING=1", "STATUS=requests in flight finish")
+        self._proxies.stop(self._drain_limit_s)
 
-    def _proxy_overdue(self) -> None:
-        if self._proxy is not None:
-            say(f"the proxy did not drain within {self._drain_limit_s:.0f} s: ending it")
-            self._signal_child(self._proxy, signal.SIGKILL)
+    def _proxies_gone(self, status: int) -> None:
+        self._code = self._code or (1 if status else 0)
+        self._stop_engines()
 
     def _stop_engines(self) -> None:
         for child in self._children:
@@ -336,8 +278,8 @@ class Keeper:
             self._signal_child(child, signal.SIGKILL)
 
 
-def _ended(status: int) -> str:
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+def _refuse(message: Message, reply: Reply, reason: str) -> None:
+    reply({"op": "failed", "id": message.get("id"), "reason": reason})
 
 
 def main() -> int:
@@ -348,6 +290,7 @@ def main() -> int:
     parser.add_argument("--admin-listen", action="append", default=[], metavar="HOST:PORT")
     parser.add_argument("--state-dir", required=True, metavar="DIR")
     parser.add_argument("--drain-limit", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--hang-limit", type=float, default=30.0, metavar="SECONDS", help="0: for ever")
     parser.add_argument("proxy_argv", nargs="+")
     options = parser.parse_args()
     try:
@@ -360,8 +303,19 @@ def main() -> int:
     if reaped := reaper.reap(options.state_dir):
         named = ", ".join(f"{each.pid} ({each.command[:60]})" for each in reaped)
         say(f"ended {len(reaped)} processes that a keeper left when it died: {named}")
-    listeners = bind_all({"http": options.listen, "admin": options.admin_listen})
-    return Keeper(options.proxy_argv, listeners, options.state_dir, options.drain_limit).run()
+    listeners = _listeners({"http": options.listen, "admin": options.admin_listen})
+    return Keeper(options.proxy_argv, listeners, options.state_dir, options.drain_limit, options.hang_limit).run()
+
+
+def _listeners(wanted: dict[str, list[str]]) -> list[Listener]:
+    """What the service manager passed us; bound here, what it did not. SystemExit(2) after a line that says why not."""
+    try:
+        passed = keeper_systemd.passed(wanted)
+    except ValueError as error:
+        say(str(error))
+        sys.exit(2)
+    names = {name for name, _ in passed}
+    return passed + bind_all({name: addresses for name, addresses in wanted.items() if name not in names})
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from scheduler.engines import reaper
+from scheduler.engines import keeper_systemd, reaper
 from scheduler.engines.keeper_loop import Loop
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_NOT_INHERITED = ("PYTHONDONTWRITEBYTECODE", "NOTIFY_SOCKET", "VRAMP_LISTEN_FDS", "VRAMP_KEEPER_FD")
+_NOT_INHERITED = ("PYTHONDONTWRITEBYTECODE", "VRAMP_LISTEN_FDS", "VRAMP_KEEPER_FD", *keeper_systemd.VARIABLES)
 
 
 class Child:

@@ -1,9 +1,9 @@
 """The proxy's end of the keeper's socket, on the event loop.
 
 Requests: `spawn`, `signal`, `list`, `launcher` (each with an `id`, each answered once: `spawned`, `done`, `listed`,
-`launcher` or `failed`), and the words `ready` and `stop` that need no answer. Unasked come `exited` (an engine has
-ended and no process of it is left) and `launcher` (its state changed). Ids carry our pid, so that an answer meant for
-a proxy that crashed is never taken for one of ours.
+`launcher` or `failed`), and the words `alive` (every `ALIVE_EVERY_S`), `ready`, `reloaded` and `stop` that need no
+answer. Unasked come `exited` (an engine has ended and no process of it is left) and `launcher` (its state changed). Ids
+carry our pid, so that an answer meant for a proxy that crashed is never taken for one of ours.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import msgspec
 
 LOG = logging.getLogger(__name__)
 PACKET_LIMIT = 1 << 17
+ALIVE_EVERY_S = 2.0
 
 
 class KeeperError(Exception):
@@ -90,8 +91,10 @@ class KeeperLink:
         self._numbers = itertools.count()
         self._pending: dict[str, asyncio.Future[Any]] = {}
         self._outbox: deque[bytes] = deque()
+        self._pulse: asyncio.TimerHandle | None = None
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._receive)
+        self._beat()
 
     @classmethod
     def from_environment(cls) -> KeeperLink:
@@ -133,6 +136,10 @@ class KeeperLink:
         """The proxy serves (and systemd is told)."""
         self._send({"op": "ready"})
 
+    def reloaded(self, note: str) -> None:
+        """The configuration was read again; `note` says with what success (systemd shows it)."""
+        self._send({"op": "reloaded", "note": note})
+
     def stop(self) -> None:
         """Ask for a full stop: SIGTERM to us, then to the engines."""
         self._send({"op": "stop"})
@@ -144,10 +151,18 @@ class KeeperLink:
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
+        if self._pulse is not None:
+            self._pulse.cancel()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(KeeperGone("the keeper has gone"))
         self._pending.clear()
+
+    def _beat(self) -> None:
+        """Our loop turns. From a timer of that loop, so that it is not said when it does not."""
+        if not self._outbox:  # a keeper that takes nothing need not be told again
+            self._send({"op": "alive"})
+        self._pulse = self._loop.call_later(ALIVE_EVERY_S, self._beat)
 
     async def _ask(self, op: str, message: Mapping[str, Any]) -> dict[str, Any]:
         number = f"{os.getpid()}-{next(self._numbers)}"

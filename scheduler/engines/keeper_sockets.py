@@ -1,10 +1,9 @@
-"""How the keeper meets the world: listening sockets, lines on stderr, words to systemd. Standard library only."""
+"""How the keeper meets the world: listening sockets, lines on stderr. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import sys
 from typing import Any
@@ -55,18 +54,6 @@ def say(text: str) -> None:
     """One line on stderr; a keeper whose terminal has gone goes on."""
     with contextlib.suppress(OSError):
         print(f"vramp keeper: {text}", file=sys.stderr, flush=True)
-
-
-def sd_notify(state: str) -> None:
-    """Tell systemd, if it asked to be told (Type=notify)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as error:
-            say(f"systemd did not take {state}: {error}")
 
 
 def _listener(family: int, where: Any) -> socket.socket:

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,17 @@ def free_port() -> int:
 class Served:
     """A running `vramp serve`. `stop()` returns its exit code; leaving the context makes sure that nothing is left."""
 
-    def __init__(self, config: Path, state_dir: Path, *options: str) -> None:
-        self.port, self.admin_port = free_port(), free_port()
+    def __init__(
+        self,
+        config: Path,
+        state_dir: Path,
+        *options: str,
+        ports: tuple[int, int] | None = None,
+        before: Sequence[str] = (),
+        passed: Sequence[int] = (),
+    ) -> None:
+        """`ports`: of clients and operators; `before`: what is to exec it; `passed`: descriptors for it."""
+        self.port, self.admin_port = ports or (free_port(), free_port())
         self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
         self.log = state_dir / "vramp.log"
         argv = [sys.executable, "-m", "proxy.cli", "serve", "--config", str(config)]
@@ -39,8 +48,9 @@ class Served:
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                argv,
+                [*before, *argv],
                 cwd=state_dir,
+                pass_fds=passed,
                 env={**env, "PYTHONPATH": str(REPO)},
                 stdout=log,
                 stderr=log,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,21 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-S", "-c", textwrap.dedent(code)]
 
 
+def passed_by_systemd(sockets: Mapping[str, socket.socket]) -> list[str]:
+    """What to put before a command line to have it started with these listening sockets, under these names."""
+    code = """
+        import fcntl, os, sys
+        *descriptors, names = sys.argv[1].split(",")
+        held = [fcntl.fcntl(int(descriptor), fcntl.F_DUPFD, 10) for descriptor in descriptors]  # out of the way
+        for number, descriptor in enumerate(held, start=3):
+            os.dup2(descriptor, number, inheritable=True)
+        env = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(held)), "LISTEN_FDNAMES": names}
+        os.execve(sys.argv[2], sys.argv[2:], {**os.environ, **env})
+    """
+    descriptors = ",".join(str(sock.fileno()) for sock in sockets.values())
+    return [*python(code), f"{descriptors},{':'.join(sockets)}"]
+
+
 def eventually(true: Callable[[], Any], limit_s: float = 4.0) -> Any:
     """Wait for a fact that another process brings about."""
     deadline = time.monotonic() + limit_s
@@ -83,7 +98,7 @@ class Rig:
         self.state_dir = state_dir
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        code = f"import sys\nfrom scheduler.engines import keeper\n{setup}\nsys.exit(keeper.main())"
+        code = f"import sys\nfrom scheduler.engines import keeper, keeper_proxies\n{setup}\nsys.exit(keeper.main())"
         self.command = [sys.executable, "-c", code, "--listen", f"127.0.0.1:{self.port}", "--state-dir", str(state_dir)]
         self.command += [*options, "--", *(proxy or python(PROXY))]
         self.start()

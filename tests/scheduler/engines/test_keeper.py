@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from scheduler.engines import keeper, keeper_children, keeper_loop, keeper_sockets, reaper
+from scheduler.engines import (
+    keeper,
+    keeper_children,
+    keeper_loop,
+    keeper_proxies,
+    keeper_sockets,
+    keeper_systemd,
+    reaper,
+)
 from tests.scheduler.engines.keeper_rig import Rig, eventually, lives, python
 
 SLEEP = "import time; time.sleep(60)"
@@ -71,7 +79,7 @@ def test_a_dead_proxy_is_replaced_and_neither_engine_nor_waiting_client_is_lost(
 
 
 def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(rig: Callable[..., Rig]) -> None:
-    kept = rig(setup="keeper.BACKOFF_FIRST_S = 0.3")
+    kept = rig(setup="keeper_proxies.BACKOFF_FIRST_S = 0.3")
     kept.ask("die")
     engine = kept.spawn("a", SLEEP)["pid"]
     kept.ask("die")  # the second fast death in a row: now there is a pause
@@ -83,10 +91,10 @@ def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(rig
 
 
 def test_a_proxy_that_dies_again_and_again_ends_everything(rig: Callable[..., Rig]) -> None:
-    kept = rig(setup="keeper.BACKOFF_FIRST_S = 0.001", proxy=python("import sys; sys.exit('no such table')"))
+    kept = rig(setup="keeper_proxies.BACKOFF_FIRST_S = 0.001", proxy=python("import sys; sys.exit('no such table')"))
     _, said = kept.process.communicate(timeout=4)
     assert kept.process.returncode == 1
-    assert said.count("no such table") == keeper.FAST_DEATHS_LIMIT
+    assert said.count("no such table") == keeper_proxies.FAST_DEATHS_LIMIT
     assert "10 times in a row" in said
 
 
@@ -182,13 +190,15 @@ def test_children_are_marked_and_see_nothing_of_the_keepers_own(rig: Callable[..
         systemd.bind("\0vramp-test-" + str(kept.port))
         kept.start({"NOTIFY_SOCKET": "@vramp-test-" + str(kept.port), "PYTHONDONTWRITEBYTECODE": "1"})
         pid = kept.spawn("a", SLEEP, env={"MINE": "1"})["pid"]
-        assert systemd.recv(100) == b"READY=1"
+        said = eventually(lambda: (word := systemd.recv(200)) != b"WATCHDOG=1" and word)
+        assert said.startswith(b"READY=1\nSTATUS=serving (pid ")
         env = reaper.environment(pid)
         assert kept.stop()[0] == 0
-        assert systemd.recv(100) == b"STOPPING=1"
+        assert systemd.recv(200).startswith(b"STOPPING=1\n")
     assert (env["MINE"], env["VRAMP_TAG"], env["SPT_NOENV"]) == ("1", "a", "1")
     assert env["VRAMP_KEEPER"].startswith(f"{kept.process.pid}-")
-    assert not {"PYTHONDONTWRITEBYTECODE", "NOTIFY_SOCKET", "VRAMP_KEEPER_FD", "VRAMP_LISTEN_FDS"} & set(env)
+    unseen = {"PYTHONDONTWRITEBYTECODE", "VRAMP_KEEPER_FD", "VRAMP_LISTEN_FDS", *keeper_systemd.VARIABLES}
+    assert not unseen & set(env)
 
 
 def test_an_engine_leads_its_session_and_logs_where_only_its_owner_reads(rig: Callable[..., Rig]) -> None:
@@ -263,11 +273,11 @@ def test_an_address_that_cannot_be_is_named(address: str, capsys: pytest.Capture
 
 def test_the_keeper_needs_the_standard_library_only() -> None:
     ours = set()
-    kept = (keeper, keeper_children, keeper_loop, keeper_sockets, reaper)
+    kept = (keeper, keeper_children, keeper_loop, keeper_proxies, keeper_sockets, keeper_systemd, reaper)
     for module in kept:
         tree = ast.parse(Path(str(module.__file__)).read_text())
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             ours |= {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
-    assert ours == {"scheduler.engines", *(module.__name__ for module in kept[1:4])}
+    assert ours == {"scheduler.engines", *(module.__name__ for module in kept[1:5])}

@@ -1,0 +1,89 @@
+"""The life of a server from its start to its end, as an operator and a service manager see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.harness import Served
+from tests.scheduler.engines.keeper_rig import passed_by_systemd
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+CONFIG = """
+[server]
+hang_limit_s = 3
+
+[devices]
+simulated = [{ name = "sim0", memory = "2GiB" }]
+
+[[backends]]
+name = "sim"
+kind = "simulated"
+
+[[models]]
+id = "a"
+backend = "sim"
+memory_bytes = "900MiB"
+simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
+"""
+QUESTION = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "vramp.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def chat(served: Served) -> str:
+    answer = served.ask("/v1/chat/completions", {"model": "a", "messages": QUESTION, "max_tokens": 5})
+    return str(answer["model"])
+
+
+def test_a_proxy_that_hangs_says_where_and_another_serves_with_its_engines(config: Path) -> None:
+    with Served(config, config.parent) as served:
+        chat(served)
+        engine, proxy = served.model("a")["pids"], served.proxy_pid()
+        os.kill(proxy, signal.SIGSTOP)
+        assert chat(served) == "a"  # after waiting in the listen queue
+        assert served.proxy_pid() != proxy
+        assert served.model("a")["pids"] == engine
+        assert "has given no sign of life for" in served.tail()
+        assert served.stop() == 0
+
+
+def test_sockets_that_systemd_opened_are_served_and_their_ports_are_not_in_the_way(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as admin:
+        before = passed_by_systemd({"http": http, "admin": admin})
+        passed = (http.fileno(), admin.fileno())
+        served = Served(config, config.parent, before=before, passed=passed, ports=_ports(http, admin))
+        with served:
+            assert chat(served) == "a"
+            assert served.stop() == 0
+
+
+def test_a_reload_that_would_leave_an_open_port_without_keys_is_refused(config: Path) -> None:
+    """The file may say a private address: the listener is still the one that the server began with."""
+    keys = 'api_keys = ["literal:k"]\nadmin_keys = ["literal:k"]'
+    config.write_text(CONFIG.replace("[server]", f"[server]\n{keys}"))
+    with socket.create_server(("0.0.0.0", 0)) as http, socket.create_server(("127.0.0.1", 0)) as admin:
+        before = passed_by_systemd({"http": http, "admin": admin})
+        passed = (http.fileno(), admin.fileno())
+        with Served(config, config.parent, before=before, passed=passed, ports=_ports(http, admin)) as served:
+            config.write_text(CONFIG)
+            served.wait(lambda: "open to others, and server.api_keys is empty" in served.tail(), "it was not refused")
+            key = {"Authorization": "Bearer k"}
+            body = {"model": "a", "messages": QUESTION, "max_tokens": 5}
+            assert json.dumps(served.ask("/v1/chat/completions", body, key))
+
+
+def _ports(*sockets: socket.socket) -> tuple[int, int]:
+    http, admin = (int(sock.getsockname()[1]) for sock in sockets)
+    return http, admin
