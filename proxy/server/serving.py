@@ -1,4 +1,4 @@
-"""What serves clients: the handler and its lanes, the providers, the access log, under one configuration after another."""
+"""What serves clients: the handler and its lanes, providers, the access log; under one configuration after another."""
 
 from __future__ import annotations
 
