@@ -1,7 +1,8 @@
 """What vramp costs: CPU time per request and per streamed chunk, memory per stream. Printed, never asserted.
 
-vramp (one worker, configs/bench.toml: key, routing, metrics on) and a plain aiohttp relay stand in turn before the same
-fake upstream, in one run on one machine: compare their ratio, not the figures, which other machines will not have.
+vramp (one worker, configs/bench.toml: every gate on), once more without its fast lane, a plain aiohttp relay, and
+nginx where it is installed stand in turn before the same fake upstream, in one run on one machine: compare their ratio,
+not the figures, which other machines will not have.
 Of several short windows the best counts, for all alike: whatever else the machine does only ever adds. Counted is the
 CPU time of the process tree under test, so neither client nor upstream is in it; their own cost is printed beside it.
 """
@@ -34,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ext.backend import BACKEND
-from loadtests import canned, client
+from loadtests import canned, client, nginx
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "bench.toml"
@@ -130,7 +131,7 @@ def spawn(argv: list[str], cwd: str, core: set[int], log: Path | None = None) ->
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(log.open("wb")) if log else None
         process = subprocess.Popen(
-            [sys.executable, *argv],
+            argv,
             cwd=cwd,
             env=env | {"PYTHONPATH": str(ROOT)},
             stdout=out or subprocess.PIPE,
@@ -160,7 +161,7 @@ def stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
 @contextlib.contextmanager
 def printing_its_port(argv: list[str], core: set[int]) -> Iterator[Subject]:
     """A server that says where it listens."""
-    process = spawn(argv, str(ROOT), core)
+    process = spawn([sys.executable, *argv], str(ROOT), core)
     with stopping(process):
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -183,12 +184,23 @@ def vramp(config_text: str, core: set[int], *options: str) -> Iterator[Subject]:
         config, log = Path(folder, "bench.toml"), Path(folder, "log")
         config.write_text(config_text, encoding="utf-8")
         port, admin = free_port(), free_port()
-        argv = ["-m", "proxy.cli", "serve", "--config", str(config), *options]
+        argv = [sys.executable, "-m", "proxy.cli", "serve", "--config", str(config), *options]
         argv += ["--listen", f"127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{admin}"]
         process = spawn(argv, folder, core, log)
         with stopping(process):
             wait_until_ready(process, port, log)
             yield Subject(process, port, admin)
+
+
+@contextlib.contextmanager
+def nginx_before(upstream_port: int, core: set[int]) -> Iterator[Subject]:
+    """nginx, as `loadtests.nginx` configures it."""
+    with tempfile.TemporaryDirectory(prefix="vramp-bench-") as folder:
+        port = free_port()
+        process = spawn(nginx.command(folder, port, upstream_port), folder, core, Path(folder, "log"))
+        with stopping(process):
+            wait_until_ready(process, port, Path(folder, "log"))
+            yield Subject(process, port)
 
 
 def free_port() -> int:
@@ -208,7 +220,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> 
         ):
             return
         time.sleep(0.05)
-    raise SystemExit(f"bench: vramp did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    raise SystemExit(f"bench: {process.args!r} did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 # -- measuring
@@ -296,12 +308,23 @@ def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
         step("client and upstream alone")
         alone = uvloop.run(rig(upstream))
         found = []
-        url = f"http://127.0.0.1:{upstream.port}"
-        with printing_its_port(["-m", "loadtests.plain_relay", url], theirs) as relay:
-            found.append(uvloop.run(figures("plain aiohttp relay", relay, step)))
-        with vramp(bench_config(upstream.port), theirs) as subject:
-            found.append(uvloop.run(figures("vramp", subject, step)))
+        for name, peer in peers(upstream.port, theirs):
+            with peer as subject:
+                found.append(uvloop.run(figures(name, subject, step)))
     return alone, found
+
+
+def peers(upstream_port: int, core: set[int]) -> list[tuple[str, contextlib.AbstractContextManager[Subject]]]:
+    """Everybody who is measured, by name; vramp comes last."""
+    url, config = f"http://127.0.0.1:{upstream_port}", bench_config(upstream_port)
+    ordinary = config.replace("[server]", "[server]\nfast_lane = false", 1)
+    found: list[tuple[str, contextlib.AbstractContextManager[Subject]]] = []
+    if nginx.program() is not None:
+        found.append(("nginx", nginx_before(upstream_port, core)))
+    found.append(("plain aiohttp relay", printing_its_port(["-m", "loadtests.plain_relay", url], core)))
+    found.append(("vramp, ordinary lane", vramp(ordinary, core)))
+    found.append(("vramp", vramp(config, core)))
+    return found
 
 
 # -- telling
@@ -318,16 +341,20 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def table(found: list[Figures]) -> list[str]:
-    """Markdown: a row for each subject, and one for how the last compares with the first."""
+    """Markdown: a row for each subject, and one for how the last compares with each of the others."""
     rows = [["", *(title for _, title, _ in COLUMNS)], ["---", *("--:" for _ in COLUMNS)]]
     rows += [[each.name, *(format(getattr(each, field), form) for field, _, form in COLUMNS)] for each in found]
-    first, last = found[0], found[-1]
-    ratios = [
-        f"{getattr(last, field) / getattr(first, field):.2f} x" if getattr(first, field) else ""
+    last = found[-1]
+    rows += [[f"{last.name} / {other.name}", *ratios(last, other)] for other in found[:-1]]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def ratios(ours: Figures, theirs: Figures) -> list[str]:
+    """Of each column; empty where theirs is nothing."""
+    return [
+        f"{getattr(ours, field) / getattr(theirs, field):.2f} x" if getattr(theirs, field) else ""
         for field, _, _ in COLUMNS
     ]
-    rows.append([f"{last.name} / {first.name}", *ratios])
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def report(alone: Rig, found: list[Figures]) -> str:
@@ -358,7 +385,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: print(f"bench: {what}", file=sys.stderr, flush=True)
         return
     with Progress(console=console, transient=True) as bar:
-        line = bar.add_task("bench", total=1 + 2 * STEPS)
+        line = bar.add_task("bench", total=1 + (3 + (nginx.program() is not None)) * STEPS)
         began = False
 
         def step(what: str) -> None:
@@ -383,7 +410,7 @@ def machine_alone(path: str) -> Iterator[None]:
 
 def main() -> None:
     """Measure, print, and write the figures down if asked."""
-    parser = argparse.ArgumentParser(description="CPU per request and per chunk of vramp and of a plain aiohttp relay.")
+    parser = argparse.ArgumentParser(description="CPU per request and per chunk: vramp beside its peers.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     asked = parser.parse_args()
     with machine_alone(os.environ.get("BENCH_LOCK", "/tmp/cpu.lock")), progress() as step:
