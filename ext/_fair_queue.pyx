@@ -169,6 +169,26 @@ cdef class FairQueue:
         cdef int i = self._next(self._now, True, &aged)
         return None if i == NONE else self._tickets[i].id
 
+    @property
+    def next_overdue_s(self):
+        """When the first of those who wait becomes, or became, overdue; infinity when nobody waits."""
+        cdef double first_s = _INF
+        cdef int klass, oldest
+        for klass in range(self._class_count):
+            oldest = self._classes[klass].arrivals.head
+            if oldest != NONE and self._tickets[oldest].overdue_s < first_s:
+                first_s = self._tickets[oldest].overdue_s
+        return first_s
+
+    def oldest(self, latency_class):
+        """The ticket of the class that came first; None when none waits."""
+        cdef int oldest = self._classes[self._class(latency_class)].arrivals.head
+        return None if oldest == NONE else self._tickets[oldest].id
+
+    def count(self, latency_class):
+        """How many of the class wait."""
+        return self._classes[self._class(latency_class)].waiting
+
     def counter(self, str tenant not None, latency_class):
         """The tenant's virtual token counter in the class: what it was charged, or was lifted to. 0 if unknown."""
         line = (<dict>self._tenants[self._class(latency_class)]).get(tenant)

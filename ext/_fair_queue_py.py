@@ -235,6 +235,22 @@ class FairQueue:
         ticket, _ = self._next(self._now, ageing=True)
         return None if ticket is None else ticket.id
 
+    @property
+    def next_overdue_s(self) -> float:
+        """When the first of those who wait becomes, or became, overdue; infinity when nobody waits. Of each class only
+        the oldest ticket is looked at. O(classes).
+        """
+        oldest = (next(iter(klass.arrivals.values())) for klass in self._classes if klass.arrivals)
+        return min((ticket.overdue_s for ticket in oldest), default=inf)
+
+    def oldest(self, latency_class: int) -> int | None:
+        """The ticket of the class that came first; None when none waits. O(1)."""
+        return next(iter(self._class(latency_class).arrivals), None)
+
+    def count(self, latency_class: int) -> int:
+        """How many of the class wait. O(1)."""
+        return len(self._class(latency_class).arrivals)
+
     def counter(self, tenant: str, latency_class: int) -> int:
         """The tenant's virtual token counter in the class: what it was charged, or was lifted to. 0 if unknown."""
         line = self._class(latency_class).lines.get(tenant)

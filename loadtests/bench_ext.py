@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from types import ModuleType
 from typing import Any
 
-from ext import _fair_queue_py, _rate_counters_py, _sse_py, _weighted_semaphore_py, backend
+from ext import _backlog_py, _fair_queue_py, _rate_counters_py, _sse_py, _weighted_semaphore_py, backend
 
 DEPTHS = (1, 1_000, 100_000)
 ROUNDS = 7
@@ -192,6 +192,22 @@ def heap_steady(waiting: int, operations: int = 20_000) -> Measured:
     return cpu(run), operations
 
 
+def backlog_steady(module: ModuleType, n: int, operations: int = 50_000) -> Measured:
+    """n wait; one comes, the oldest goes, and what all gain is asked for."""
+    backlog = module.Backlog()
+    add, remove, gain = backlog.add, backlog.remove, backlog.gain
+    for i in range(n):
+        add(float(i), i + 10.0)
+
+    def run() -> None:
+        for i in range(operations):
+            add(float(n + i), n + i + 10.0)
+            remove(float(i), i + 10.0)
+            gain(i + 10.0, i + 15.0, 0.4, 2.0)
+
+    return cpu(run), operations
+
+
 # -- the scanner and the counters
 
 
@@ -273,6 +289,7 @@ def rows() -> Iterator[Row]:
     """Every line of the table, measured as it is asked for."""
     sem, sem_py = backend.module("weighted_semaphore"), _weighted_semaphore_py
     queue, queue_py = backend.module("fair_queue"), _fair_queue_py
+    log, log_py = backend.module("backlog"), _backlog_py
     sse, sse_py = backend.module("sse"), _sse_py
     rate, rate_py = backend.module("rate_counters"), _rate_counters_py
     yield three("acquire + release, uncontended", uncontended, sem, sem_py, asyncio_uncontended, "asyncio.Semaphore")
@@ -285,6 +302,8 @@ def rows() -> Iterator[Row]:
         yield three(
             f"push + take, {n:,} waiting", queue_steady, queue, queue_py, lambda n=n: heap_steady(n), "heapq + dict", n
         )
+    for n in DEPTHS:
+        yield three(f"backlog: add + remove + gain, {n:,} waiting", backlog_steady, log, log_py, None, "", n)
     for n in (1, 200):
         yield three(f"scan an event, {n} per read", scan, sse, sse_py, lambda n=n: json_scan(n), "json.loads", n)
     for n in DEPTHS:

@@ -12,13 +12,12 @@ floods would have what he wants.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from math import inf
 
+from ext.backlog import Backlog
 from ext.fair_queue import FairQueue
 from ext.weighted_semaphore import Capacity
-from scheduler.backlog import Backlog
 from scheduler.eta import Stage
 from scheduler.fairness import Fairness, Line
 from scheduler.model import LatencyClass, Ticket
@@ -51,15 +50,13 @@ class WaitQueue:
     """Tickets by class, tenant and arrival. `take` is O(log n) for each ticket that it lets in, push and remove
     O(log n), the rest O(1) where it says nothing else.
 
-    The same tickets are in `_tickets` by number, in `_fair`, which knows their order, in `_classes` by arrival, in
-    `backlog` as sums, and in `_fairness` by tenant.
+    The same tickets are in `_tickets` by number, in `_fair`, which knows their order, in `backlog` as sums, and in
+    `_fairness` by tenant.
     """
 
-    __slots__ = ("_classes", "_fair", "_fairness", "_now", "_tickets", "backlog")
+    __slots__ = ("_fair", "_fairness", "_now", "_tickets", "backlog")
 
     def __init__(self, fairness: Fairness | None = None) -> None:
-        # OrderedDict, not dict: the head of a dict that loses its head again and again is found in O(n)
-        self._classes: tuple[OrderedDict[int, Waiting], ...] = tuple(OrderedDict() for _ in LatencyClass)
         self._fair = FairQueue(
             MOST_WAITING, patience_s=(0.0,) * len(LatencyClass), ageing_share=AGEING_SHARE, max_passes=0
         )
@@ -72,7 +69,7 @@ class WaitQueue:
         return len(self._tickets)
 
     def __repr__(self) -> str:
-        counts = " ".join(f"{c.name.lower()}={len(self._classes[c])}" for c in LatencyClass if self._classes[c])
+        counts = " ".join(f"{c.name.lower()}={self.count(c)}" for c in LatencyClass if self.count(c))
         return f"<WaitQueue {counts or 'empty'}>"
 
     def push(self, waiting: Waiting) -> None:
@@ -87,7 +84,6 @@ class WaitQueue:
             latency_class=ticket.latency_class,
             overdue_s=waiting.overdue_s,
         )
-        self._classes[ticket.latency_class][ticket.id] = waiting
         self._tickets[ticket.id] = waiting
         self._fairness.waits(ticket.tenant, self._fair, ticket.latency_class)
         self.backlog.add(waiting.since_s, waiting.due_s)
@@ -118,11 +114,12 @@ class WaitQueue:
 
     def heads(self) -> list[Waiting]:
         """Who has waited longest in every class that waits."""
-        return [next(iter(tickets.values())) for tickets in self._classes if tickets]
+        oldest = map(self._fair.oldest, LatencyClass)
+        return [self._tickets[ticket_id] for ticket_id in oldest if ticket_id is not None]
 
     def overdue_since(self) -> float:
         """When the first of those who wait becomes, or became, overdue."""
-        return min((head.overdue_s for head in self.heads()), default=inf)
+        return self._fair.next_overdue_s
 
     def remove(self, ticket: Ticket) -> Waiting | None:
         """Take out a ticket wherever it stands, uncharged; None when it is not here."""
@@ -134,7 +131,7 @@ class WaitQueue:
 
     def drain(self) -> list[Waiting]:
         """Everybody, by class and arrival; the queue is empty afterwards. O(n log n)."""
-        everybody = [waiting for tickets in self._classes for waiting in tickets.values()]
+        everybody = sorted(self._tickets.values(), key=lambda each: (each.ticket.latency_class, each.order))
         for waiting in everybody:
             self.remove(waiting.ticket)
         return everybody
@@ -149,26 +146,26 @@ class WaitQueue:
 
     def count(self, latency_class: LatencyClass) -> int:
         """How many of a class wait."""
-        return len(self._classes[latency_class])
+        return self._fair.count(latency_class)
 
     def ahead(self, waiting: Waiting) -> int:
         """About how many go first: those of shorter classes, and those of its own that came before. Tenants that had
         less may go before it as well, those that had more after it."""
         own = waiting.ticket.latency_class
-        before = sum(len(self._classes[c]) for c in range(own))
-        first = next(iter(self._classes[own].values()), waiting)
-        return before + min(waiting.order - first.order, len(self._classes[own]) - 1)
+        before = sum(map(self._fair.count, range(own)))
+        oldest = self._fair.oldest(own)
+        first = waiting if oldest is None else self._tickets[oldest]
+        return before + min(waiting.order - first.order, self._fair.count(own) - 1)
 
     def places(self) -> Iterator[tuple[str, Line, LatencyClass]]:
         """Tenant, line and class of everybody. O(n)."""
-        for tickets in self._classes:
-            for waiting in tickets.values():
-                yield waiting.ticket.tenant, self._fair, waiting.ticket.latency_class
+        for waiting in self._tickets.values():
+            yield waiting.ticket.tenant, self._fair, waiting.ticket.latency_class
 
     def check(self) -> None:
-        """What always holds. O(classes)."""
+        """What always holds. O(n)."""
         assert len(self._tickets) == len(self._fair) == len(self.backlog)
-        assert self._fair.stats().by_class == tuple(len(tickets) for tickets in self._classes)
+        assert all(ticket_id in self._fair for ticket_id in self._tickets)
 
     def _grant(self, ticket_id: int, capacity: Capacity) -> Waiting:
         waiting = self._tickets[ticket_id]
@@ -180,7 +177,7 @@ class WaitQueue:
 
     def _forget(self, waiting: Waiting) -> None:
         ticket = waiting.ticket
-        del self._tickets[ticket.id], self._classes[ticket.latency_class][ticket.id]
+        del self._tickets[ticket.id]
         self._fairness.left(ticket.tenant, self._fair, ticket.latency_class)
         self.backlog.remove(waiting.since_s, waiting.due_s)
 

@@ -116,8 +116,7 @@ class Regret:
         begin = max(scene.link_free_s, scene.drained_at(victims)) if victims else scene.link_free_s
         ready = begin + model.seconds_to_load
         cost = model.seconds_to_load + DRAIN_COST * (begin - scene.link_free_s)
-        backlog = model.queue.backlog
-        gain = backlog.on_time(ready) - REGRET * backlog.on_time(ready + LATER_S) + backlog.weight(ready, scale)
+        gain = model.queue.backlog.gain(ready, ready + LATER_S, REGRET, scale)
         for victim in victims:
             gain -= worth[victim.model]
         return float(gain / max(cost, LEAST_COST_S) ** STEEP)

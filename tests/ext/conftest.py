@@ -12,6 +12,7 @@ from hypothesis import settings
 CLASSES = {
     "weighted_semaphore": ("Capacity", "WeightedSemaphore"),
     "fair_queue": ("FairQueue",),
+    "backlog": ("Backlog",),
     "sse": ("EventScanner",),
     "rate_counters": ("RateCounters",),
     "body_scan": (),

@@ -111,6 +111,22 @@ def test_a_ticket_may_bring_its_own_moment_of_being_overdue(twins):
     assert 4 not in queue
 
 
+def test_who_came_first_in_each_class_and_who_is_overdue_first_are_known(twins):
+    queue = twins.FairQueue(patience_s=(1.0, 10.0, 10.0))
+    assert (queue.next_overdue_s, queue.oldest(0), queue.count(0)) == (inf, None, 0)
+    queue.push(1, "a", 10, 0.0, latency_class=1)
+    queue.push(2, "b", 10, 3.0, latency_class=1, overdue_s=4.0)
+    queue.push(3, "a", 10, 5.0, latency_class=0)
+    assert ([queue.oldest(c) for c in range(3)], [queue.count(c) for c in range(3)]) == ([3, 1, None], [1, 2, 0])
+    assert queue.next_overdue_s == 6.0  # of its class the second is not looked at
+    queue.cancel(1)
+    assert (queue.next_overdue_s, queue.oldest(1), queue.count(1)) == (4.0, 2, 1)
+    with pytest.raises(ValueError, match="latency_class is 3"):
+        queue.oldest(3)
+    with pytest.raises(ValueError, match="latency_class is -1"):
+        queue.count(-1)
+
+
 def test_the_head_is_whoever_the_next_take_looks_at_first(twins):
     queue = twins.FairQueue(patience_s=(100.0, 1.0), ageing_share=2, max_passes=0)
     assert queue.head() is None
@@ -405,6 +421,9 @@ class BothQueues(RuleBasedStateMachine):
             assert pure.stats() == native.stats()
             assert repr(pure) == repr(native)
             assert pure.head() == native.head()
+            assert pure.next_overdue_s == native.next_overdue_s
+            assert [pure.oldest(k) for k in range(3)] == [native.oldest(k) for k in range(3)]
+            assert pure.stats().by_class[:3] == tuple(native.count(k) for k in range(3))
             assert (pure.head() is None) == (not self.waiting)
             for tenant in TENANTS:
                 assert [pure.counter(tenant, k) for k in range(3)] == [native.counter(tenant, k) for k in range(3)]

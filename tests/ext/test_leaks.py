@@ -37,6 +37,20 @@ def queue_cycle(twins):
     return cycle
 
 
+def backlog_cycle(twins):
+    backlog = twins.Backlog()
+
+    def cycle(i):
+        backlog.add(float(i), i + 10.0)
+        backlog.add(float(i), i + 2.0)
+        backlog.remove(float(i), i + 10.0) if i % 3 else backlog.remove(float(i), i + 2.0)
+        if i % 100 == 99:
+            for k in range(i - 99, i + 1):
+                backlog.remove(float(k), k + 2.0 if k % 3 else k + 10.0)
+
+    return cycle
+
+
 def scanner_cycle(twins):
     scanner = twins.EventScanner(withhold_usage=True, max_event_bytes=100)
     pieces = [
@@ -63,7 +77,7 @@ def counters_cycle(twins):
     return cycle
 
 
-@pytest.mark.parametrize("make", [semaphore_cycle, queue_cycle, scanner_cycle, counters_cycle])
+@pytest.mark.parametrize("make", [semaphore_cycle, queue_cycle, backlog_cycle, scanner_cycle, counters_cycle])
 def test_a_million_cycles_leave_memory_flat(twins, make):
     process, cycle = psutil.Process(), make(twins)
     cycles = CYCLES if twins.kind == "native" else CYCLES // 10

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from scheduler.backlog import Backlog
 from scheduler.forecast import FIRST_SERVICE_S, SLOW_S, Demand, drain_s
 
 
@@ -52,22 +49,3 @@ def test_a_drain_lasts_a_mean_times_a_harmonic_number() -> None:
     assert drain_s(1, 5.0) == 5.0
     assert drain_s(3, 6.0) == pytest.approx(6.0 + 3.0 + 2.0)
     assert drain_s(300, 1.0) > drain_s(256, 1.0)
-
-
-def test_the_numbers_of_a_backlog_are_those_of_its_tickets() -> None:
-    """The sums of powers against the tickets one by one, through a random life that empties and fills again."""
-    rng = random.Random(1)
-    backlog, tickets, now = Backlog(), [], 1e6
-    for _ in range(3000):
-        now += rng.expovariate(2.0)
-        if tickets and rng.random() < (0.3 if now % 200 < 100 else 0.8):
-            backlog.remove(*tickets.pop(rng.randrange(len(tickets))))
-        else:
-            tickets.append((now, now + rng.choice((2.0, 10.0, 30.0))))
-            backlog.add(*tickets[-1])
-        at = now + rng.uniform(-5.0, 20.0)
-        assert len(backlog) == len(tickets)
-        assert backlog.on_time(at) == sum(due >= at for _, due in tickets)
-        ages = [(now - since) / (due - since) / 4.0 for since, due in tickets]
-        expected = sum((age**2 + age**3) / 2 for age in ages)
-        assert backlog.weight(now, 4.0) == pytest.approx(expected, rel=1e-6, abs=1e-6)
