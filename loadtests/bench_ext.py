@@ -237,11 +237,13 @@ def json_scan(per_feed: int, events: int = 16_000) -> Measured:
 
 
 def reserve(module: ModuleType, keys: int, operations: int = 50_000) -> Measured:
-    call, names = module.RateCounters().reserve, [f"key {i}" for i in range(keys)]
+    """Reserved of a key's meter, headers made, settled."""
+    counters = module.RateCounters()
+    call, meters = counters.reserve, [counters.meter(f"key {i}", 6000, 1_000_000, 10) for i in range(keys)]
 
     def run() -> None:
         for i in range(operations):
-            call(names[i % keys], 100, i * 1e-3, 6000, 1_000_000)
+            call(meters[i % keys], None, 50, 50, i * 0.01).settle(70, i * 0.01)
 
     return cpu(run), operations
 
@@ -307,7 +309,9 @@ def rows() -> Iterator[Row]:
     for n in (1, 200):
         yield three(f"scan an event, {n} per read", scan, sse, sse_py, lambda n=n: json_scan(n), "json.loads", n)
     for n in DEPTHS:
-        yield three(f"reserve, {n:,} keys", reserve, rate, rate_py, lambda n=n: deque_reserve(n), "dict + deque", n)
+        yield three(
+            f"reserve + settle, {n:,} keys", reserve, rate, rate_py, lambda n=n: deque_reserve(n), "dict + deque", n
+        )
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from ext.backend import BACKEND
+from ext.rate_counters import RateCounters
 from proxy import __version__
 from proxy.admin.api import Admin
 from proxy.admin.scheduler import scheduler_view
@@ -105,7 +106,14 @@ class App:
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable)
-        self._front = Serving(self._config, self._secrets, self._scheduler, self._metrics, residency=self._residency)
+        self._front = Serving(
+            self._config,
+            self._secrets,
+            self._scheduler,
+            self._metrics,
+            counters=RateCounters(),
+            residency=self._residency,
+        )
         await self._front.start(self._listeners.get("http", []))
         runner = await self._admin(self._listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())

@@ -409,8 +409,66 @@ class TimeoutsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     deliberate_ms: Annotated[float, Key("First-token target of class deliberate.", above=0, high=DAY_MS)] = 10_000.0
 
 
+class KeyLimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Limits of the key with this name, each in place of the one in `[limits]`."""
+
+    requests_per_minute: Annotated[
+        int | None,
+        Key(
+            "Its requests in a minute. 0: any.",
+            low=0,
+            high=1e9,
+            absent="have limits.requests_per_minute hold",
+            example=600,
+        ),
+    ] = None
+    tokens_per_minute: Annotated[
+        int | None,
+        Key(
+            "Its tokens in a minute. 0: any.",
+            low=0,
+            high=1e11,
+            absent="have limits.tokens_per_minute hold",
+            example=1_000_000,
+        ),
+    ] = None
+    concurrency: Annotated[
+        int | None,
+        Key("Its requests at once. 0: any.", low=0, high=1e6, absent="have limits.concurrency hold", example=100),
+    ] = None
+
+
+class ModelLimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Limits of the model with this id, all keys together."""
+
+    requests_per_minute: Annotated[int, Key("Requests in a minute. 0: any.", low=0, high=1e9)] = 0
+    tokens_per_minute: Annotated[int, Key("Tokens in a minute. 0: any.", low=0, high=1e11)] = 0
+    concurrency: Annotated[int, Key("Requests at once, waiting ones included. 0: any.", low=0, high=1e6)] = 0
+
+
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Sizes and counts."""
+    """Sizes and counts. The first three hold for each key by itself; without keys, for all callers together."""
+
+    requests_per_minute: Annotated[
+        int,
+        Key(
+            "Calls of models that a key may make in a minute: a minute's worth at once, then evenly. 0: any.",
+            low=0,
+            high=1e9,
+        ),
+    ] = 0
+    tokens_per_minute: Annotated[
+        int,
+        Key(
+            "Tokens, in and out, that a key may use in a minute. Reserved by estimate, settled by the answer's usage. "
+            "0: any.",
+            low=0,
+            high=1e11,
+        ),
+    ] = 0
+    concurrency: Annotated[
+        int, Key("Calls that a key may have open at once, waiting ones included. 0: any.", low=0, high=1e6)
+    ] = 0
 
     max_body: Annotated[str, Key("Largest request body.", form="size", low=1 << 10, high=4 * GIB)] = "64MiB"
     max_header: Annotated[str, Key("Largest request head.", form="size", low=4 << 10, high=MIB)] = "64KiB"
@@ -424,6 +482,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             high=1000,
         ),
     ] = 3.0
+    keys: dict[str, KeyLimitsConfig] = {}
+    models: dict[str, ModelLimitsConfig] = {}
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from proxy.config import CLASSES, LOCAL_KINDS, BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig
-from proxy.config_shape import Problem, nearest, parse_listen, show
+from proxy.config_shape import Problem, inside, nearest, parse_listen, show
 from proxy.sizes import byte_size, format_size
 
 DEVICE_KINDS = ("nvidia", "host", "simulated")
@@ -23,6 +23,7 @@ def meaning_problems(config: Config) -> list[Problem]:
     for model in config.models:
         problems += _model(model, backends, config.devices)
     problems += _groups(config.models, backends)
+    problems += _limits(config)
     problems += _pinned(config.models, backends, config.devices)
     return problems
 
@@ -138,6 +139,14 @@ def _groups(models: tuple[ModelConfig, ...], backends: dict[str, BackendConfig])
     local = [model.id for model in models if model.backend in backends and backends[model.backend].kind in LOCAL_KINDS]
     for name in _twice(local):
         yield Problem(f"models[{name}]", "runs on two local backends; keep one of them, or give the other its own id")
+
+
+def _limits(config: Config) -> Iterator[Problem]:
+    """Of models only: which keys there are is known when the secrets are read."""
+    ids = {model.id for model in config.models}
+    for name in config.limits.models:
+        if name not in ids:
+            yield Problem(inside("limits.models", name), f"is no model; {nearest(name, ids)}")
 
 
 def _pinned(

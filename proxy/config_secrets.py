@@ -6,13 +6,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from proxy.config import Config, ConfigError, Secret
-
-REMEDY: Final = 'use "env:NAME", "file:PATH", or "literal:..." for a key that is no secret'
+from proxy.config_shape import REMEDY, inside, nearest
 
 
 class NamedKey(msgspec.Struct, frozen=True):
@@ -31,14 +29,6 @@ class ResolvedSecrets(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
 
 
-def bad_secret(text: str) -> str | None:
-    """What is wrong with how a secret is written; never quotes it, for it may be the secret itself."""
-    how, colon, rest = text.partition(":")
-    if not colon or how not in ("env", "file", "literal"):
-        return f"is a bare string; {REMEDY}"
-    return None if rest.strip() else f'is "{how}:" with nothing after it; {REMEDY}'
-
-
 def fits_header(key: str) -> bool:
     """Whether a key can travel in an HTTP header: printable ASCII."""
     return key.isascii() and key.isprintable()
@@ -55,6 +45,7 @@ def secrets_of(config: Config, base_dir: Path, source: str = "config") -> Resolv
         admin_keys=tuple(reader.keys("server.admin_keys", config.server.admin_keys)),
         backend_keys=dict(reader.backend_keys(config)),
     )
+    reader.check_limits(config, {key.name for key in resolved.api_keys})
     if reader.problems:
         raise ConfigError(reader.problems)
     return msgspec.structs.replace(resolved, warnings=tuple(reader.warnings))
@@ -90,6 +81,14 @@ class _Reader:
                 self._problem(path, f"is {backend.api_key}, which has {len(found)} keys; keep one line in it")
             elif found:
                 yield backend.name, found[0].secret
+
+    def check_limits(self, config: Config, names: set[str]) -> None:
+        """Limits are of keys by name, and only what was read tells the names."""
+        if self.problems:
+            return  # a key that could not be read has no name yet
+        for name in config.limits.keys:
+            if name not in names:
+                self._problem(inside("limits.keys", name), f"is no key of server.api_keys; {nearest(name, names)}")
 
     def _sound(self, path: str, text: str) -> list[NamedKey]:
         found = self._read(path, text)

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from proxy.config import Config, Key
-from proxy.config_secrets import bad_secret
 from proxy.sizes import byte_size, format_size
 
+REMEDY: Final = 'use "env:NAME", "file:PATH", or "literal:..." for a key that is no secret'
 TYPE_WORDS: Final = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -64,6 +64,14 @@ def parse_listen(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def bad_secret(text: str) -> str | None:
+    """What is wrong with how a secret is written; never quotes it, for it may be the secret itself."""
+    how, colon, rest = text.partition(":")
+    if not colon or how not in ("env", "file", "literal"):
+        return f"is a bare string; {REMEDY}"
+    return None if rest.strip() else f'is "{how}:" with nothing after it; {REMEDY}'
+
+
 def unwrap(annotation: Any) -> tuple[Any, Key]:
     """The bare type of a field and its `Key`; sections and lists of sections have an empty one."""
     if get_origin(annotation) is Annotated:
@@ -84,9 +92,9 @@ def _table(kind: type[msgspec.Struct], data: object, path: str) -> Iterator[Prob
         return
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in (name for name in data if name not in fields):
-        yield Problem(_join(path, name), f"is not a key; {nearest(name, fields)}")
+        yield Problem(inside(path, name), f"is not a key; {nearest(name, fields)}")
     for name, field in fields.items():
-        here = _join(path, name)
+        here = inside(path, name)
         if name in data:
             yield from _field(field.type, data[name], here)
         elif field.required:
@@ -125,13 +133,18 @@ def _named_tables(section: type[msgspec.Struct], value: object, path: str) -> It
         yield Problem(path, f"is {show(value)}; write sections, [{path}.NAME]")
         return
     for name, item in value.items():
-        yield from _table(section, item, _join(path, name))
+        yield from _table(section, item, inside(path, name))
 
 
 def label(item: object, index: int) -> str:
     """What people call one entry of a list of sections: its id or name, else its number from 0."""
     named = (item.get("id") or item.get("name")) if isinstance(item, Mapping) else None
     return _plain(named) if isinstance(named, str) else str(index)
+
+
+def inside(path: str, name: str) -> str:
+    """The dotted path of one key or section in another."""
+    return f"{path}.{_plain(name)}" if path else _plain(name)
 
 
 def unit_of(path: str) -> str:
@@ -266,10 +279,6 @@ def _absent(key: Key) -> str:
 def _meaning(annotation: Any) -> str:
     key = unwrap(annotation)[1]
     return key.meaning[0].lower() + key.meaning[1:].rstrip(".")
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{_plain(name)}" if path else _plain(name)
 
 
 def _plain(name: str) -> str:

@@ -25,6 +25,12 @@ ROOT: Final = Path(__file__).parent.parent
 WIDTH: Final = 110
 # stated in the example though it could be left out: without it the example would not load
 STATED: Final = frozenset({"models.memory_bytes"})
+# what [section.NAME] is called in the example; commented out where that is a name of yours, which must exist
+NAMED: Final = {
+    "classes": "[classes.instant]",
+    "limits.keys": "#[limits.keys.NAME]",
+    "limits.models": "[limits.models.example-small]",
+}
 PLAIN: Final = ("text", "true or false", "a path", "a list of text", "a table of text", "a URL")
 
 EXAMPLE_HEAD: Final = """\
@@ -89,7 +95,7 @@ def _example(kind: type[msgspec.Struct], path: str, header: str) -> Iterator[str
         section = section_of(bare)
         if section is not None:
             inner = f"{path}.{field.name}" if path else field.name
-            yield from _example(section, inner, _header(bare, inner))
+            yield from _example(section, inner, NAMED.get(inner) or _header(bare, inner))
 
 
 def _example_key(field: msgspec.structs.FieldInfo, key: Key, path: str) -> Iterator[str]:
@@ -109,7 +115,7 @@ def _example_key(field: msgspec.structs.FieldInfo, key: Key, path: str) -> Itera
 def _header(bare: Any, path: str) -> str:
     if get_origin(bare) is tuple:
         return f"[[{path}]]"
-    return f"[{path}.instant]" if get_origin(bare) is dict else f"[{path}]"
+    return f"[{path}.NAME]" if get_origin(bare) is dict else f"[{path}]"
 
 
 def _config_page() -> str:
@@ -126,7 +132,7 @@ def _config_sections(kind: type[msgspec.Struct], path: str) -> Iterator[str]:
         if section is None:
             continue
         inner = f"{path}.{field.name}" if path else field.name
-        yield f"## `{_header(bare, inner).replace('.instant', '.NAME')}`\n"
+        yield f"## `{_header(bare, inner)}`\n"
         yield _doc(section) + "\n"
         yield "| key | takes | default | meaning |\n| --- | --- | --- | --- |"
         yield from _config_rows(section)

@@ -63,7 +63,7 @@ def retry_headers(error: CallError) -> dict[str, str]:
         seconds = max(error.retry_after_s, 0.0)
         return {
             "retry-after": str(max(1, math.ceil(seconds))),
-            "retry-after-ms": str(max(1, round(seconds * 1000))),
+            "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
             "x-should-retry": "true",
         }
     return {"x-should-retry": "false"} if 400 <= error.status < 500 and error.status != 429 else {}

@@ -37,6 +37,11 @@ class Keys:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def tenants(self) -> set[str]:
+        """Everybody that `authenticate` may return."""
+        return {name for _, name in self._known.values()} or {LOCAL_TENANT}
+
     def authenticate(self, headers: Mapping[str, str]) -> str:
         """The tenant: the key's name. Raises `Unauthenticated`, or `Forbidden` for another host's name on loopback; the
         message never repeats what was sent.

@@ -24,6 +24,7 @@ FLUSH_S = 0.2
 CLOSE_S = 2.0  # what `close` waits for a pipe that nobody reads
 MOST_PENDING = 20_000
 STDOUT = 1
+UNWRITTEN = frozenset({"started_s", "rate_limits", "grant"})
 
 
 class AccessLog:
@@ -105,7 +106,7 @@ def _line(at: float, outcome: Outcome) -> bytes:
     fields: dict[str, Any] = {"time": round(at, 3)}
     for name in outcome.__struct_fields__:
         value = getattr(outcome, name)
-        if name == "started_s" or value is None or value == "":
+        if name in UNWRITTEN or value is None or value == "":
             continue
         fields[name] = round(value, 4) if isinstance(value, float) else value
     return orjson.dumps(fields) + b"\n"

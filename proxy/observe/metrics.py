@@ -82,6 +82,7 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._in_flight = 0
+        self._limited: dict[str, int] = {}
         self._series: dict[tuple[str, str, str], tuple[_Series, _Model]] = {}
         self._models: dict[str, _Model] = {}
         self.registry.register(self)
@@ -103,6 +104,8 @@ class Metrics(Collector):
         series.duration.observe(outcome.duration_s)
         if outcome.error is not None and outcome.status == 200:
             model.stream_errors += 1
+        if outcome.limited:
+            self._limited[outcome.limited] = self._limited.get(outcome.limited, 0) + 1
         if outcome.first_byte_s is None:
             return
         series.first_byte.observe(outcome.first_byte_s)
@@ -129,6 +132,10 @@ class Metrics(Collector):
         """Everything, as prometheus_client wants it."""
         yield from self._of_requests()
         yield from self._of_models()
+        limited = CounterMetricFamily("vramp_limited", "Requests that a limit refused.", labels=("limit",))
+        for limit, count in self._limited.items():
+            limited.add_metric((limit,), count)
+        yield limited
         yield GaugeMetricFamily("vramp_requests_in_flight", "Requests being answered.", value=self._in_flight)
 
     def _of_requests(self) -> Iterator[Metric]:

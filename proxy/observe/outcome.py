@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
+
+from ext.rate_counters import Grant
 
 
 class Outcome(msgspec.Struct):
@@ -38,9 +42,23 @@ class Outcome(msgspec.Struct):
     output_tokens: int | None = None
     finish_reason: str | None = None
     packed: int = 1  # callers whose inputs went upstream in one call
+    limited: str = ""  # the limit that refused it
+    rate_limits: str = ""  # what its limits leave, as header lines
+    grant: Grant | None = None  # of its limits, until it is settled
 
-    def headers(self, *, waiting: bool = False) -> dict[str, str]:
-        """What is known by now, as response headers. While still `waiting`, nobody knows yet who will answer."""
+    def headers(self, passed: Mapping[str, str], *, waiting: bool = False) -> dict[str, str]:
+        """Response headers: the upstream's that are `passed` on, and ours over them.
+
+        Where the caller has limits here, the upstream's own are ours and not the caller's.
+        """
+        if not self.rate_limits:
+            return {**passed, **self.facts(waiting=waiting)}
+        others = {name: value for name, value in passed.items() if not name.startswith("x-ratelimit-")}
+        limits = dict(line.split(": ") for line in self.rate_limits.splitlines())
+        return {**others, **self.facts(waiting=waiting), **limits}
+
+    def facts(self, *, waiting: bool = False) -> dict[str, str]:
+        """What is known by now, by header names. While still `waiting`, nobody knows yet who will answer."""
         known = {"x-request-id": self.request_id}
         if self.model:
             known["x-vramp-model"] = self.model

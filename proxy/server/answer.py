@@ -76,14 +76,14 @@ class Answer:
     async def pass_comment(self, data: bytes) -> None:
         """An upstream's own comment, as it came."""
         if self._response is None:
-            await self._start({}, self._outcome.headers(waiting=True))
+            await self._start({}, waiting=True)
         self._commented = True
         await self._send(data)
 
     async def begin_stream(self, headers: Mapping[str, str]) -> None:
         """Send the headers of an event stream, or where comments have gone before, what headers can no longer say."""
         if self._response is None:
-            await self._start(headers, self._outcome.headers())
+            await self._start(headers)
         elif self._commented:
             self._commented = False
             await self._send(closing_comment(self._outcome))
@@ -96,13 +96,13 @@ class Answer:
     async def begin_body(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the headers of an answer that is no event stream."""
         self.committed = True
-        self._response = web.StreamResponse(status=status, headers={**headers, **self._outcome.headers()})
+        self._response = web.StreamResponse(status=status, headers=self._outcome.headers(headers))
         await self._prepare()
 
     async def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Answer at once, with a length."""
         self.committed = True
-        self._response = web.Response(status=status, headers={**headers, **self._outcome.headers()}, body=body)
+        self._response = web.Response(status=status, headers=self._outcome.headers(headers), body=body)
         self._outcome.bytes_out += len(body)
         await self._prepare()
         await self.finish()
@@ -136,8 +136,9 @@ class Answer:
     def _envelope(self, error: CallError) -> bytes:
         return body_for(self._dialect, error, self._outcome.request_id)
 
-    async def _start(self, passed: Mapping[str, str], ours: Mapping[str, str]) -> None:
-        self._response = web.StreamResponse(headers={**STREAM_HEADERS, **passed, **ours})
+    async def _start(self, passed: Mapping[str, str], *, waiting: bool = False) -> None:
+        headers = self._outcome.headers({**STREAM_HEADERS, **passed}, waiting=waiting)
+        self._response = web.StreamResponse(headers=headers)
         await self._prepare()
 
     async def _prepare(self) -> None:
@@ -156,7 +157,7 @@ class Answer:
 
 def closing_comment(outcome: Outcome) -> bytes:
     """What the headers of a stream could not know yet."""
-    known = " ".join(f"{name}={value}" for name, value in outcome.headers().items())
+    known = " ".join(f"{name}={value}" for name, value in outcome.facts().items())
     return f": vramp {_one_line(known)}\n\n".encode()
 
 

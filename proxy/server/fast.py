@@ -23,6 +23,7 @@ from ext.relay import Exchange as RelayExchange
 from proxy.dialects.decode import estimated_tokens
 from proxy.dialects.splice import edits_of
 from proxy.errors import CallError
+from proxy.gate.limits import withdraw
 from proxy.observe.outcome import Outcome
 from proxy.server.fast_exchange import Dates, Exchange
 from proxy.server.fast_plans import Plans
@@ -138,8 +139,15 @@ class FastLane:
         outcome: Outcome = plan.outcome.__copy__()  # type: ignore[attr-defined]  # copy() takes twice as long to find it
         outcome.request_id, outcome.started_s = request_id_of(headers), now_s
         outcome.tenant, outcome.remote, outcome.bytes_in = tenant, client.remote, client.body_size
+        state.limits.admit(outcome, plan.call, now_s)
         exchange = Exchange(self, plan, client, outcome, now_s)
-        if not self._placed(exchange, scanned[1]):
+        placed = False
+        try:
+            placed = self._placed(exchange, scanned[1])
+        finally:
+            if not placed:
+                withdraw(outcome)
+        if not placed:
             return None
         handler.begin()
         return exchange

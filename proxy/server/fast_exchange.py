@@ -107,7 +107,7 @@ class Exchange(msgspec.Struct, eq=False):
         if not started:
             outcome.status = 200
             passed = {**STREAM_HEADERS, **self.headers} if output else STREAM_HEADERS
-            head = head_of(200, passed, outcome.headers(waiting=not output))
+            head = head_of(200, outcome.headers(passed, waiting=not output))
             lead = _bytes(head, _CHUNKED, self.lane.dates)
         outcome.bytes_out += len(events)
         return lead + _chunk(events), output
@@ -118,7 +118,7 @@ class Exchange(msgspec.Struct, eq=False):
         self.outcome.status = status
         self.lengthy = length >= 0
         passed = {**headers, "content-length": str(length)} if self.lengthy else headers
-        head = head_of(status, passed, self.outcome.headers())
+        head = head_of(status, self.outcome.headers(passed))
         return _bytes(head, "" if self.lengthy else _CHUNKED, self.lane.dates)
 
     def whole(self, status: int, headers: dict[str, str], body: bytes) -> bytes | None:

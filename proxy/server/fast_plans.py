@@ -46,14 +46,14 @@ class Plan(msgspec.Struct, eq=False):
         """A response's head as aiohttp writes it, but for its framing and its date."""
         content_type = passed.get("content-type")
         if len(passed) != 1 or content_type is None:
-            return head_of(status, passed, outcome.headers())
+            return head_of(status, outcome.headers(passed))
         key = (status, content_type)
         made = self.heads.get(key)
         if made is None:
             if len(self.heads) >= MOST_HEADS:
                 self.heads.clear()
             made = self.heads[key] = _template(status, passed, outcome)
-        return made % (outcome.request_id, outcome.wait_ms())
+        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits)
 
 
 class Plans:
@@ -104,14 +104,14 @@ class Plans:
         )
 
 
-def head_of(status: int, passed: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    """A response's head as aiohttp writes it, but for its framing and its date."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in {**passed, **ours}.items()])
-    return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{lines}server: vramp\r\n"
+def head_of(status: int, headers: Mapping[str, str], more: str = "") -> str:
+    """A response's head as aiohttp writes it, but for its framing and its date. `more` are lines."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{lines}{more}server: vramp\r\n"
 
 
 def _template(status: int, passed: Mapping[str, str], outcome: Outcome) -> str:
-    """The head with `%s` for the two headers that differ from call to call: the id and the waits."""
-    ours = {name: value.replace("%", "%%") for name, value in outcome.headers().items()}
-    ours["x-request-id"] = ours["x-vramp-wait-ms"] = "%s"
-    return head_of(status, {name: value.replace("%", "%%") for name, value in passed.items()}, ours)
+    """The head with `%s` for what differs from call to call: the id, the waits, what the limits leave."""
+    headers = {name: value.replace("%", "%%") for name, value in {**passed, **outcome.facts()}.items()}
+    headers["x-request-id"] = headers["x-vramp-wait-ms"] = "%s"
+    return head_of(status, headers, "%s")

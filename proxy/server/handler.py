@@ -20,6 +20,7 @@ from proxy.dialects.call import Dialect
 from proxy.dialects.endpoints import dialect_of
 from proxy.dialects.envelope import body_for
 from proxy.errors import CallError, HeadersTooLarge, NotFound, Unavailable, UpstreamTimedOut
+from proxy.gate import limits
 from proxy.observe.access_log import AccessLog
 from proxy.observe.metrics import Metrics
 from proxy.observe.outcome import Outcome
@@ -112,6 +113,7 @@ class Handler:
     def end(self, outcome: Outcome, now: float) -> None:
         """Settle a request, however it ended."""
         outcome.duration_s = now - outcome.started_s
+        limits.settle(outcome, now)
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()
@@ -185,7 +187,7 @@ class Handler:
         self._metrics.started()
         self._metrics.finished(outcome)
         self._access_log.write(outcome)
-        headers = {"content-type": JSON, "server": "vramp", **outcome.headers()}
+        headers = outcome.headers({"content-type": JSON, "server": "vramp"})
         body = body_for(Dialect.OPENAI, error, outcome.request_id)
         return web.Response(status=error.status, headers=headers, body=body)
 

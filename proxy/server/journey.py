@@ -140,6 +140,8 @@ class Journey:
         call.tenant = tenant
         decision = self._state.router.decide(call)
         note_call(self._outcome, call)
+        if self._tried is None:  # else the fast lane admitted it
+            self._state.limits.admit(self._outcome, call, self._watch.now())
         relay = Relay(call, self._answer, self._outcome, self._watch, self._state.config.timeouts)
         failed: AttemptFailed | None = None
         for candidate in decision.candidates:

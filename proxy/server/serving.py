@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
+from ext.rate_counters import RateCounters
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.config import Config
 from proxy.config_secrets import ResolvedSecrets
@@ -25,7 +26,10 @@ log = logging.getLogger("vramp.server")
 
 
 class Serving:
-    """Serves one configuration after another, in this process. Made inside the running loop."""
+    """Serves one configuration after another, in this process. Made inside the running loop.
+
+    What `counters` have counted of the limits outlives each configuration.
+    """
 
     def __init__(
         self,
@@ -34,9 +38,11 @@ class Serving:
         leases: Leases,
         metrics: Metrics,
         *,
+        counters: RateCounters,
         residency: Callable[[Deployment], str],
     ) -> None:
         self._config = config
+        self._counters = counters
         self._access_log = AccessLog(config.observe.access_log)
         self._providers = _providers_of(config, secrets)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -92,7 +98,7 @@ class Serving:
             await provider.close()
 
     def _state(self, config: Config, secrets: ResolvedSecrets) -> State:
-        return State.of(config, Catalog(config), Keys(secrets.api_keys), self._providers)
+        return State.of(config, Catalog(config), Keys(secrets.api_keys), self._providers, self._counters)
 
     def _retire(self, providers: Mapping[str, Provider]) -> None:
         """Close the old pools once nothing that uses them can be in flight any more."""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ext.rate_counters import RateCounters
 from proxy.catalog.catalog import Catalog
 from proxy.config import Config
 from proxy.dialects.call import Task
 from proxy.dialects.decode import Defaults
 from proxy.gate.keys import Keys
+from proxy.gate.limits import Limits
 from proxy.providers.base import Provider
 from proxy.routing.router import Router
 from proxy.server.packing import Packer
@@ -31,9 +33,12 @@ class State(msgspec.Struct, frozen=True):
     max_header: int
     deadlines_ms: Mapping[LatencyClass, float]
     packer: Packer | None  # None: no embeddings are packed
+    limits: Limits
 
     @classmethod
-    def of(cls, config: Config, catalog: Catalog, keys: Keys, providers: Mapping[str, Provider]) -> State:
+    def of(
+        cls, config: Config, catalog: Catalog, keys: Keys, providers: Mapping[str, Provider], counters: RateCounters
+    ) -> State:
         """The snapshot of a checked configuration."""
         return cls(
             config=config,
@@ -52,6 +57,7 @@ class State(msgspec.Struct, frozen=True):
             max_body=byte_size(config.limits.max_body),
             max_header=byte_size(config.limits.max_header),
             packer=Packer(config.limits.embed_window_ms / 1000) if config.limits.embed_window_ms else None,
+            limits=Limits(config.limits, keys.tenants, counters),
             deadlines_ms={
                 LatencyClass[name.upper()]: each.deadline_ms
                 for name, each in config.classes.items()

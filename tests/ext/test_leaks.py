@@ -71,8 +71,9 @@ def counters_cycle(twins):
     counters = twins.RateCounters()
 
     def cycle(i):
-        counters.reserve(f"key {i}", 5, float(i), 10, 100)
-        counters.settle(f"key {i}", 5, 3, float(i), 100)
+        meter = counters.meter(f"key {i % 1000}", 10, 100, 1)
+        counters.reserve(meter, None, 5, 0, float(i)).settle(3, float(i))
+        counters.reserve(meter, meter, 101, 0, float(i))
 
     return cycle
 

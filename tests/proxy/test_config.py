@@ -154,6 +154,8 @@ def test_a_key_that_the_structs_do_not_allow_is_refused_with_its_remedy(text: st
         (CHAT.replace('backend = "local"', 'backend = "locla"'),
          'models[demo-chat].backend is "locla"; did you mean local?'),
         ("[[models]]\nid='a'\nbackend='b'", 'models[a].backend is "b"; there is none yet'),
+        (CHAT + "[limits.models.demo-chta]\nconcurrency=1",
+         "limits.models.demo-chta is no model; did you mean demo-chat?"),
         ("[[backends]]\nname='v'\nkind='vllm'\n[[models]]\nid='a'\nbackend='v'",
          "models[a].path is missing; kind vllm needs it: the folder with config.json and the weights"),
         ("[[backends]]\nname='c'\nkind='command'\n[[models]]\nid='a'\nbackend='c'\nmemory_bytes='1GiB'",

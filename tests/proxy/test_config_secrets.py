@@ -11,7 +11,15 @@ import msgspec
 import orjson
 import pytest
 
-from proxy.config import BackendConfig, Config, ConfigError, Secret, ServerConfig
+from proxy.config import (
+    BackendConfig,
+    Config,
+    ConfigError,
+    KeyLimitsConfig,
+    LimitsConfig,
+    Secret,
+    ServerConfig,
+)
 from proxy.config_secrets import secrets_of
 
 
@@ -97,6 +105,15 @@ def test_every_secret_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_key_that_no_header_can_carry_is_refused(key: str, tmp_path: Path) -> None:
     assert problems_of(config(f"literal:{key}"), tmp_path) == [
         "x.toml: server.api_keys[0] (literal) has characters that no header can carry; use printable ASCII"
+    ]
+
+
+def test_limits_are_of_keys_that_there_are(tmp_path: Path) -> None:
+    private(tmp_path / "keys", "sk-1 alice\nsk-2 bob\n")
+    limits = LimitsConfig(keys={"alcie": KeyLimitsConfig(concurrency=1), "bob": KeyLimitsConfig(concurrency=1)})
+    limited = msgspec.structs.replace(config("file:keys"), limits=limits)
+    assert problems_of(limited, tmp_path) == [
+        "x.toml: limits.keys.alcie is no key of server.api_keys; did you mean alice?"
     ]
 
 

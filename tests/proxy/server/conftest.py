@@ -12,6 +12,7 @@ import orjson
 import pytest
 import uvloop
 
+from ext.rate_counters import RateCounters
 from proxy.catalog.catalog import Catalog
 from proxy.config import BackendConfig, Config, ModelConfig, Secret
 from proxy.config_secrets import NamedKey
@@ -51,6 +52,7 @@ class Proxy:
         self.remote = remote
         self.scheduler = FakeScheduler(upstream.base_url)
         self.metrics = Metrics()
+        self.counters = RateCounters()
         self.log_path = log
         self.providers: list[OpenAIProvider] = []
         self.handler: Handler
@@ -86,7 +88,7 @@ class Proxy:
         }
         self.providers += providers.values()
         named = Keys(NamedKey(f"tenant-{at}", Secret(key, "literal")) for at, key in enumerate(keys))
-        self.state = State.of(config, Catalog(config), named, providers)
+        self.state = State.of(config, Catalog(config), named, providers, self.counters)
         if hasattr(self, "handler"):
             self.handler.state = self.state
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from proxy.config import BackendConfig, TimeoutsConfig
+from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
 from proxy.observe import access_log
 from proxy.server.fast import FastLane
 from tests.fakes import DONE, STREAM, USAGE_CHUNK, FakeUpstream, chunk, hang, plain, stream, until
@@ -169,6 +169,25 @@ async def test_both_lanes_answer_and_record_alike(lanes: Lanes, name: str) -> No
     assert lines[0] == lines[1]
     assert len(lines[1]) == 1
     assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("name", ["a chat", "a stream", "embeddings", "a large answer", "a refusal", "rate limits"])
+async def test_both_lanes_tell_alike_what_the_limits_leave_and_let_go_of_it(lanes: Lanes, name: str) -> None:
+    behave, data = CALLS[name]
+    seen = []
+    for proxy in lanes:
+        models = {"demo-chat": ModelLimitsConfig(requests_per_minute=50)}
+        proxy.configure(limits=LimitsConfig(tokens_per_minute=6000, concurrency=1, models=models))
+        proxy.upstream.behave = proxy.remote.behave = behave
+        answers = [normal(await answer_to(proxy, data)) for _ in range(2)]
+        await proxy.settled()
+        meter = proxy.counters.meter("key local", 0, 6000)
+        seen.append((answers[0], proxy.metrics.registry.get_sample_value("vramp_requests_in_flight"), meter.in_use))
+        assert [head[0] for head, _ in answers] == [answers[0][0][0]] * 2  # nobody was refused
+        left = next(line for line in answers[1][0][0].splitlines() + answers[1][0] if b"remaining-tokens" in line)
+        assert int(left.split()[1]) > 5000
+    assert seen[0] == seen[1]
+    assert b"x-ratelimit-limit-tokens: 6000" in seen[0][0][0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,177 @@
+"""Limits in the listener, on both lanes: refused in the caller's dialect, told in headers, and back however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from proxy.config import LimitsConfig, ModelLimitsConfig
+from scheduler.model import RefusalCode
+from tests.fakes import DONE, chunk, hang, plain, stream
+from tests.proxy.server.conftest import Proxy
+from tests.proxy.server.test_leaving import connect, forever
+
+LIMITED = LimitsConfig(requests_per_minute=60, tokens_per_minute=60_000, concurrency=1)
+
+
+def rate_limits(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items() if name.lower().startswith("x-ratelimit-")}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_answer_says_what_is_left(proxy: Proxy, streaming: bool) -> None:
+    proxy.configure(limits=LIMITED)
+    proxy.upstream.behave = stream() if streaming else plain(**{"x-ratelimit-limit-tokens": "5", "x-ratelimit-x": "6"})
+    response = await proxy.chat(stream=streaming, max_tokens=100)
+    await response.read()
+    headers = rate_limits(response.headers)
+    left = int(headers.pop("x-ratelimit-remaining-tokens"))
+    assert 59_800 < left < 59_900
+    assert headers.pop("x-ratelimit-reset-tokens").endswith("ms")
+    assert headers == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": "1s",
+        "x-ratelimit-limit-tokens": "60000",
+    }
+
+
+async def test_without_limits_of_ours_the_upstreams_are_passed_on(proxy: Proxy) -> None:
+    proxy.upstream.behave = plain(**{"x-ratelimit-limit-tokens": "5"})
+    assert rate_limits((await proxy.chat()).headers) == {"x-ratelimit-limit-tokens": "5"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_refusal_is_a_429_in_the_dialect_with_the_time_to_come_back(proxy: Proxy, path: str) -> None:
+    proxy.configure(limits=LimitsConfig(requests_per_minute=1))
+    assert (await proxy.chat(path)).status == 200
+    response = await proxy.chat(path)
+    error = (await response.json())["error"]
+    assert (response.status, error["type"]) == (429, "rate_limit_error")
+    assert "limited to 1 requests a minute" in error["message"]
+    assert response.headers["retry-after"] in ("59", "60")
+    assert response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert error.get("code") == (None if path == "/v1/messages" else "rate_limit_exceeded")
+    await proxy.settled()
+    assert [(line["status"], line.get("limited")) for line in await proxy.lines()] == [
+        (200, None),
+        (429, "keys.requests_per_minute"),
+    ]
+    value = proxy.metrics.registry.get_sample_value
+    assert value("vramp_limited_total", {"limit": "keys.requests_per_minute"}) == 1
+    assert len(proxy.scheduler.tickets) == 1  # it never asked for a lease
+    proxy.configure()
+    await proxy.still_works()
+
+
+async def test_one_key_s_limit_is_not_another_s_and_strangers_count_for_nobody(proxy: Proxy) -> None:
+    proxy.configure(keys=("sk-0", "sk-1"), limits=LimitsConfig(requests_per_minute=1))
+    body = {"model": "demo-chat", "messages": []}
+
+    async def status(key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return (await proxy.session.post("/v1/chat/completions", json=body, headers=headers)).status
+
+    assert [await status(key) for key in ("sk-x", "sk-0", "sk-0", "sk-1", "sk-1")] == [401, 200, 429, 200, 429]
+
+
+async def test_what_cannot_be_decoded_or_routed_takes_nothing(proxy: Proxy) -> None:
+    proxy.configure(limits=LimitsConfig(requests_per_minute=1))
+    assert (await proxy.chat(model="nope")).status == 404
+    assert (await proxy.chat(max_tokens=-1)).status == 400
+    await proxy.still_works()
+
+
+async def test_a_reload_forgets_nothing(proxy: Proxy) -> None:
+    proxy.configure(limits=LimitsConfig(requests_per_minute=1))
+    assert (await proxy.chat()).status == 200
+    proxy.configure(limits=LimitsConfig(requests_per_minute=1, models={"far": ModelLimitsConfig(concurrency=1)}))
+    assert (await proxy.chat()).status == 429
+
+
+async def test_another_candidate_is_not_another_request(proxy: Proxy) -> None:
+    """The first attempt fails before its answer; the call goes on, over both lanes, under the one grant."""
+    proxy.configure(limits=LIMITED)
+    proxy.upstream.behave = plain(b'{"error":{}}', status=503)
+    response = await proxy.chat(model="both")
+    assert response.status == 200
+    assert response.headers["x-ratelimit-remaining-requests"] == "59"
+    await proxy.settled()
+    assert proxy.counters.meter("key local").in_use == 0
+    await proxy.still_works()
+
+
+async def left_while_queued(proxy: Proxy) -> None:
+    proxy.scheduler.base_url = None
+    _, writer = await connect(proxy, streaming=False)
+    await proxy.scheduler.submitted.wait()
+    writer.close()
+
+
+async def left_before_the_first_byte(proxy: Proxy) -> None:
+    proxy.upstream.behave = hang
+    _, writer = await connect(proxy, streaming=True)
+    await proxy.upstream.arrived.wait()
+    writer.close()
+
+
+async def left_in_mid_stream(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    reader, writer = await connect(proxy, streaming=True)
+    await reader.readuntil(b"Hel")
+    writer.close()
+
+
+async def refused_by_the_scheduler(proxy: Proxy) -> None:
+    proxy.scheduler.refusal = (RefusalCode.QUEUE_FULL, 1.0)
+    assert (await proxy.chat()).status == 503
+
+
+async def failed_upstream(proxy: Proxy) -> None:
+    proxy.upstream.behave = plain(b"<html>", status=500)
+    assert (await proxy.chat()).status == 502
+
+
+async def refused_upstream(proxy: Proxy) -> None:
+    proxy.upstream.behave = plain(b'{"detail":"no"}', status=422)
+    assert (await proxy.chat()).status == 422
+
+
+async def broke_off_in_mid_stream(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream(chunk("Hel"))
+    assert b"error" in await (await proxy.chat(stream=True)).read()
+
+
+async def answered(proxy: Proxy) -> None:
+    assert (await proxy.chat()).status == 200
+
+
+async def streamed(proxy: Proxy) -> None:
+    proxy.upstream.behave = stream()
+    assert (await (await proxy.chat(stream=True)).read()).endswith(DONE)
+
+
+ENDS = [
+    left_while_queued,
+    left_before_the_first_byte,
+    left_in_mid_stream,
+    refused_by_the_scheduler,
+    failed_upstream,
+    refused_upstream,
+    broke_off_in_mid_stream,
+    answered,
+    streamed,
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+async def test_however_a_call_ends_its_place_is_free_again(proxy: Proxy, end: Any) -> None:
+    proxy.configure(limits=LIMITED)
+    await end(proxy)
+    async with asyncio.timeout(2):
+        await proxy.handler.until_idle()
+    meter = proxy.counters.meter("key local")
+    assert meter.in_use == 0
+    await proxy.still_works()  # the limit is one at once
