@@ -238,7 +238,7 @@ cdef enum:
     UNWANTED = 0
     WANTED = 1
     SHRUNK = 2  # only its type matters
-    SPLICED = 3
+    SPLICED = 3  # and above: SPLICED and its place in `Places`
 
 
 cdef inline bint _is(Text key, Py_ssize_t size, const char* name, Py_ssize_t name_size) noexcept nogil:
@@ -254,9 +254,9 @@ cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
     if size == 8:
         if _is(key, size, b"messages", 8):
             return SHRUNK
-        return SPLICED if _is(key, size, b"priority", 8) else UNWANTED
+        return SPLICED + 2 if _is(key, size, b"priority", 8) else UNWANTED
     if size == 14:
-        return SPLICED if _is(key, size, b"stream_options", 14) else UNWANTED
+        return SPLICED + 1 if _is(key, size, b"stream_options", 14) else UNWANTED
     if (
         (size == 6 and memcmp(key, b"stream", 6) == 0)
         or (size == 1 and key[0] == 110)
@@ -269,74 +269,96 @@ cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
     return UNWANTED
 
 
-cdef object _scan(Text first, Py_ssize_t size, int most):
+cdef bint scan_into(Text first, Py_ssize_t size, int most, string* short_form, Places* places) noexcept:
+    """Fill in both, which the caller keeps; False for what is not ordinary."""
     cdef Text end = first + size, p, key, value
     cdef Py_ssize_t key_size
     cdef bint escaped, coded = False
-    cdef int rank
+    cdef int rank, at
     cdef Kind kind = BAD
-    cdef string short
-    cdef dict spans
+    short_form.clear()
     p = _blanks(first, end)
     if p == end or p[0] != 123 or most < 1:
-        return None
+        return False
     p += 1
-    spans = {"": (p - first, p - first)}
+    places.first = p - first
+    for at in range(SPLICED_MEMBERS):
+        places.end[at] = 0
     while True:
         p = _blanks(p, end)
         if p == end or p[0] != 34:
-            return None
+            return False
         key = p + 1
         escaped = False
         p = _string(p, end, &escaped, &coded)
         if p == NULL or escaped:
-            return None
+            return False
         key_size = p - 1 - key
         p = _blanks(p, end)
         if p == end or p[0] != 58:
-            return None
+            return False
         value = _blanks(p + 1, end)
         if value == end:
-            return None
+            return False
         p = _value(value, end, most, &kind)
         if p == NULL:
-            return None
+            return False
         rank = _rank(key, key_size)
         if rank != UNWANTED:
-            if rank == SPLICED:
-                name = (<const char*>key)[:key_size].decode("ascii")
-                if name in spans:
-                    return None
-                spans[name] = (value - first, p - first)
-            short.append(b'{"' if short.empty() else b',"')
-            short.append(<const char*>key, key_size)
-            short.append(b'":')
+            if rank >= SPLICED:
+                at = rank - SPLICED
+                if places.end[at]:
+                    return False
+                places.start[at], places.end[at] = value - first, p - first
+            short_form.append(b'{"' if short_form.empty() else b',"')
+            short_form.append(<const char*>key, key_size)
+            short_form.append(b'":')
             if rank == SHRUNK and kind == LIST:
-                short.append(b"[]")
+                short_form.append(b"[]")
             elif rank == SHRUNK and kind == TEXT:
-                short.append(b'""')
+                short_form.append(b'""')
             elif p - value <= MOST_COPIED:
-                short.append(<const char*>value, p - value)
+                short_form.append(<const char*>value, p - value)
             else:
-                return None
+                return False
         p = _blanks(p, end)
         if p == end:
-            return None
+            return False
         if p[0] == 44:
             p += 1
             continue
         if p[0] != 125 or _blanks(p + 1, end) != end:
-            return None
-        short.append(b"{}" if short.empty() else b"}")
-        return PyBytes_FromStringAndSize(short.data(), short.size()), spans
+            return False
+        short_form.append(b"{}" if short_form.empty() else b"}")
+        return True
+
+
+cdef dict spans_of(const Places* places):
+    """The places as `scan` answers them."""
+    cdef dict spans = {"": (places.first, places.first)}
+    if places.end[0]:
+        spans["model"] = (places.start[0], places.end[0])
+    if places.end[1]:
+        spans["stream_options"] = (places.start[1], places.end[1])
+    if places.end[2]:
+        spans["priority"] = (places.start[2], places.end[2])
+    return spans
 
 
 def scan(body not None, int max_depth):
     """See the pure twin."""
-    cdef bytes held
     cdef const unsigned char[::1] view
+    cdef string short_form
+    cdef Places places
+    cdef Text first
+    cdef Py_ssize_t size
     if isinstance(body, bytes):
-        held = body
-        return _scan(<Text>PyBytes_AS_STRING(held), PyBytes_GET_SIZE(held), min(max_depth, MOST_DEPTH))
-    view = body
-    return _scan(&view[0], view.shape[0], min(max_depth, MOST_DEPTH)) if view.shape[0] else None
+        first, size = <Text>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body)
+    else:
+        view = body
+        if view.shape[0] == 0:
+            return None
+        first, size = &view[0], view.shape[0]
+    if not scan_into(first, size, max_depth, &short_form, &places):
+        return None
+    return PyBytes_FromStringAndSize(short_form.data(), short_form.size()), spans_of(&places)

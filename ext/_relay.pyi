@@ -1,7 +1,7 @@
 """The protocol between the relay and Python. Theory: `_relay.pyx`. Spans are in seconds."""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from ext.body_scan import Spans
 
@@ -66,8 +66,6 @@ class Client:
     @property
     def remote(self) -> str: ...
     @property
-    def head_size(self) -> int: ...
-    @property
     def body_size(self) -> int: ...
     @property
     def body(self) -> bytes: ...
@@ -78,7 +76,22 @@ class Client:
         """Bytes of the answer's body that went without asking."""
     @property
     def first_byte_s(self) -> float: ...
-    def scan(self, max_depth: int) -> tuple[bytes, Spans] | None: ...
+    def scan(self, max_head: int, max_body: int, max_depth: int) -> bool:
+        """Scan the body (`ext.body_scan`); False where it is not ordinary, or it or the head is larger than that."""
+    @property
+    def short(self) -> bytes:
+        """The body's short form. After `scan`."""
+    @property
+    def spans(self) -> Spans:
+        """Where in the body the members are that may be spliced. After `scan`."""
+    @property
+    def memo(self) -> Any:
+        """After `scan`: what was remembered for a request here that said the same, but for its messages; else None.
+
+        The same path, the same kept headers and the same short form, byte for byte.
+        """
+    def remember(self, memo: object) -> None:
+        """Keep this as `memo` until a request here says something else."""
     def forward(self, pool: Pool, head: bytes, edits: list[tuple[int, int, bytes]], limits: Limits) -> None:
         """Send the request when `decide` returns: this head, the body's length, the body.
 

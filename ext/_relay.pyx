@@ -11,6 +11,8 @@ written in a narrow grammar, goes with its connection and all of its bytes to wh
        \\--- not recognised, not decided, failed before the answer began: hand_over
 
 What always holds:
+- what Python is not asked for is not made: headers and short forms are compared as bytes with the last request's, so
+  that a caller who says the same again, but for its messages, costs a comparison (`Client.memo`);
 - a client's request stays in its buffer until the answer begins, so until then it can be handed over or sent again;
 - of one exchange at most one of `whole`, `ended`, `failed` is called, once, except that `whole` may decline by None;
 - nothing is read from an upstream while its client has bytes to take, so what waits for a client is one read at most;
@@ -30,7 +32,7 @@ from libc.string cimport memchr, memcmp, memcpy, memmove
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from ext._body_scan import scan
+from ext._body_scan cimport Places, scan_into, spans_of
 
 cdef extern from *:
     """
@@ -153,6 +155,7 @@ cdef enum:
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
     NAME = 40  # longer header names are none of ours
+    MOST_NAMES = 64
 
 cdef long long SECOND = 1000000000
 cdef long long TICK = 50000000
@@ -195,19 +198,26 @@ cdef class Names:
 
     def __cinit__(self, names):
         self._texts = sorted(names)
+        if len(self._texts) > MOST_NAMES:
+            raise ValueError(f"{len(self._texts)} names; at most {MOST_NAMES} can be told apart")
         for name in self._texts:
             raw = name.encode("ascii")
             self._names.push_back(raw)
             self._sizes |= 1ULL << len(raw)
 
-    cdef str find(self, const char* name, size_t size):
+    cdef int at(self, const char* name, size_t size) noexcept:
+        """Its place among them, which are sorted; -1 if it is none."""
         cdef size_t i
         if size >= NAME or not (self._sizes >> size) & 1:
-            return None
+            return -1
         for i in range(self._names.size()):
             if self._names[i].size() == size and memcmp(self._names[i].data(), name, size) == 0:
-                return <str>self._texts[i]
-        return None
+                return <int>i
+        return -1
+
+    cdef str find(self, const char* name, size_t size):
+        cdef int at = self.at(name, size)
+        return None if at < 0 else <str>self._texts[at]
 
     cdef bint begins(self, const char* name, size_t size):
         """Whether one of the names is a prefix of this one."""
@@ -518,7 +528,10 @@ cdef class Client(Conn):
     cdef char* _in
     cdef size_t _in_len, _in_cap
     cdef size_t _head, _body, _searched  # sizes of the request whose head is known, and of what has been searched
-    cdef readonly dict headers
+    cdef string _said, _short  # the kept headers of the last request here, and its body's short form
+    cdef Places _places  # of the request, once it is scanned
+    cdef dict _headers
+    cdef readonly object memo
     cdef str _path
     cdef object _exchange, _feed
     cdef Upstream _up
@@ -544,14 +557,25 @@ cdef class Client(Conn):
         return self._path
 
     @property
+    def headers(self):
+        """Those of the request's headers that are kept, by their names in lower case."""
+        cdef const char* p = self._said.data()
+        cdef const char* end = p + self._said.size()
+        cdef const char* colon
+        cdef const char* stop
+        if self._headers is None:
+            self._headers = {}
+            while p < end:
+                colon = <const char*>memchr(p, 58, end - p)
+                stop = <const char*>memchr(colon, 10, end - colon)
+                self._headers[_text(p, colon - p)] = _text(colon + 1, stop - colon - 1)
+                p = stop + 1
+        return self._headers
+
+    @property
     def remote(self):
         """The client's address, or an empty text."""
         return self._remote
-
-    @property
-    def head_size(self):
-        """Bytes of the request's head."""
-        return self._head
 
     @property
     def body_size(self):
@@ -568,11 +592,35 @@ cdef class Client(Conn):
         """When the answer's first byte came, on the relay's clock; 0 before it did."""
         return self._first_ns / 1e9
 
-    def scan(self, int max_depth):
-        """`ext.body_scan.scan` of the body."""
-        if self._body == 0:
-            return None
-        return scan(<const unsigned char[:self._body]>(<unsigned char*>self._in + self._head), max_depth)
+    def scan(self, size_t max_head, size_t max_body, int max_depth):
+        """`ext.body_scan.scan` of the body; False where it or the head is larger, or the body is not ordinary.
+
+        After this `memo` is that of a request which said the same.
+        """
+        cdef const unsigned char* body = <unsigned char*>self._in + self._head
+        cdef string* short = &self._relay._text
+        if self._head > max_head or self._body > max_body:
+            return False
+        if not scan_into(body, self._body, max_depth, short, &self._places):
+            return False
+        if short[0] != self._short:
+            self._short.assign(short[0])
+            self.memo = None
+        return True
+
+    @property
+    def short(self):
+        """The short form of the body. After `scan`."""
+        return PyBytes_FromStringAndSize(self._short.data(), self._short.size())
+
+    @property
+    def spans(self):
+        """Where in the body its members are that may be spliced. After `scan`."""
+        return spans_of(&self._places)
+
+    def remember(self, memo):
+        """Keep this as `memo` for the next request here with the same path, kept headers and short form."""
+        self.memo = memo
 
     def forward(self, Pool pool not None, bytes head not None, list edits not None, Limits limits not None):
         """Send the request there as soon as `decide` returns."""
@@ -712,12 +760,14 @@ cdef class Client(Conn):
         cdef const char* p
         cdef long long length = -1
         cdef int count = 0, types = 0
-        cdef dict headers = {}
+        cdef unsigned long long kept = 0
+        cdef string* said = &self._relay._text
         if size > MOST_HEAD:
             return False
         p = self._request_line(end)
         if p == NULL:
             return False
+        said.clear()
         while p < end:
             p = _field(p, end, &field)
             count += 1
@@ -738,11 +788,14 @@ cdef class Client(Conn):
             elif _named(&field, b"connection", 10):
                 if not _same(field.value, field.length, b"keep-alive", 10):
                     return False
-            elif not self._other(&field, headers):
+            elif not self._other(&field, &kept, said):
                 return False
-        if length <= 0 or types != 1 or "host" not in headers:
+        if length <= 0 or types != 1 or not (kept >> self._relay._host) & 1:
             return False
-        self.headers = headers
+        if said[0] != self._said:
+            self._said.assign(said[0])
+            self.memo = None
+        self._headers = None
         self._head, self._body = size, length
         return True
 
@@ -750,27 +803,37 @@ cdef class Client(Conn):
         """Past the line; NULL where it is not exactly POST, a path of ours, HTTP/1.1."""
         cdef const char* p = self._in + 5
         cdef const char* space
+        cdef str path
         if end - self._in < 16 or memcmp(self._in, b"POST ", 5) != 0:
             return NULL
         space = <const char*>memchr(p, 32, end - p)
         if space == NULL or end - space < 11 or memcmp(space, b" HTTP/1.1\r\n", 11) != 0:
             return NULL
-        self._path = self._relay._paths.find(p, space - p)
-        return space + 11 if self._path is not None else NULL
+        path = self._relay._paths.find(p, space - p)
+        if path is None:
+            return NULL
+        if path is not self._path:
+            self._path = path
+            self.memo = None
+        return space + 11
 
-    cdef bint _other(self, Field* field, dict headers) except -1:
+    cdef bint _other(self, Field* field, unsigned long long* kept, string* said) except -1:
         """Keep a header that decisions read; False where it is there twice, is not ASCII, or is for the other lane."""
-        cdef str name
+        cdef int at
         cdef size_t i
         for i in range(field.length):
             if <unsigned char>field.value[i] >= 0x80:
                 return False
-        name = self._relay._kept.find(field.name, field.size)
-        if name is None:
+        at = self._relay._kept.at(field.name, field.size)
+        if at < 0:
             return not self._relay._foreign.begins(field.name, field.size)
-        if name in headers:
+        if (kept[0] >> at) & 1:
             return False
-        headers[name] = _text(field.value, field.length)
+        kept[0] |= 1ULL << at
+        said.append(field.name, field.size)
+        said.append(b":")
+        said.append(field.value, field.length)
+        said.append(b"\n")  # which no value holds
         return True
 
     # ---- the exchange
@@ -936,7 +999,7 @@ cdef class Client(Conn):
         elif self._in_cap > SMALL:
             self._let_go()
         self._head = self._body = self._searched = 0
-        self.headers = None
+        self._headers = None
         self._request_head = None
         self._edits = None
         return 0
@@ -1403,6 +1466,8 @@ cdef class Relay:
     cdef set _open_conns
     cdef list _grave, _slots, _unsent
     cdef char* _scratch
+    cdef string _text  # for one function's use at a time
+    cdef int _host  # the place of `host` in `_kept`
     cdef vector[char*] _spare
     cdef bint _lent, _closing
 
@@ -1410,6 +1475,9 @@ cdef class Relay:
         self._owner = owner
         self._paths = Names(paths)
         self._kept = Names(kept)
+        self._host = self._kept.at(b"host", 4)
+        if self._host < 0:
+            raise ValueError("host must be kept: a request without it is not taken")
         self._foreign = Names(foreign)
         self._passed = Names(passed)
         self._passed_families = Names(passed_families)

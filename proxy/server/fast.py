@@ -17,7 +17,8 @@ import socket
 from copy import copy
 from typing import Protocol
 
-from ext.body_scan import Spans
+import msgspec
+
 from ext.relay import TICK_S, Client, Relay
 from ext.relay import Exchange as RelayExchange
 from proxy.dialects.decode import estimated_tokens
@@ -26,13 +27,13 @@ from proxy.errors import CallError
 from proxy.gate.limits import withdraw
 from proxy.observe.outcome import Outcome
 from proxy.server.fast_exchange import Dates, Exchange
-from proxy.server.fast_plans import Plans
-from proxy.server.handler import LEFT, Handler, Tried, request_id_of
+from proxy.server.fast_plans import Plan, Plans
+from proxy.server.handler import LEFT, Handler, Tried, given_request_id, new_request_id
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
 from proxy.server.packing import PATH as EMBEDDINGS
 from proxy.server.record import PASSED, PASSED_PREFIXES
 from proxy.server.state import State
-from proxy.server.targets import Targets
+from proxy.server.targets import Target, Targets
 
 log = logging.getLogger("vramp.server")
 
@@ -40,7 +41,20 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messa
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
 FOREIGN = ("expect", "upgrade", "transfer-encoding", "content-encoding", "trailer", "http2-settings", "x-vramp-")
-_FORWARDED = frozenset(FORWARDED)
+
+
+class Known(msgspec.Struct, eq=False):
+    """What is alike in all requests of a connection that say the same but for their messages (`Client.memo`).
+
+    Who asks is looked up once for such requests, and again as soon as the configuration, and so the keys, are others.
+    """
+
+    state: State
+    plan: Plan
+    outcome: Outcome  # copied
+    request_id: str | None  # the client's own
+    lines: bytes  # its headers that go upstream
+    target: Target | None  # where to, if that is no engine
 
 
 class Serves(Protocol):
@@ -128,22 +142,20 @@ class FastLane:
         state = handler.state
         if state is not self._state:
             self._configured(state)
-        if not handler.ready or client.head_size > state.max_header or client.body_size > state.max_body:
+        if not handler.ready or not client.scan(state.max_header, state.max_body, state.max_depth):
             return None
-        scanned = client.scan(state.config.limits.max_json_depth)
-        if scanned is None:
-            return None
-        headers, now_s = client.headers, self._relay.now_s
-        tenant = state.keys.authenticate(headers)
-        plan = self._plans.find(client.path, headers, scanned[0])
-        outcome: Outcome = plan.outcome.__copy__()  # type: ignore[attr-defined]  # copy() takes twice as long to find it
-        outcome.request_id, outcome.started_s = request_id_of(headers), now_s
-        outcome.tenant, outcome.remote, outcome.bytes_in = tenant, client.remote, client.body_size
-        state.limits.admit(outcome, plan.call, now_s)
-        exchange = Exchange(self, plan, client, outcome, now_s)
+        known: Known | None = client.memo
+        if known is None or known.state is not state:
+            known = self._known(client)
+        now_s = self._relay.now_s
+        outcome: Outcome = known.outcome.__copy__()  # type: ignore[attr-defined]  # copy() takes twice as long to find it
+        outcome.request_id, outcome.started_s = known.request_id or new_request_id(), now_s
+        outcome.bytes_in = client.body_size
+        state.limits.admit(outcome, known.plan.call, now_s)
+        exchange = Exchange(self, known.plan, client, outcome, now_s)
         placed = False
         try:
-            placed = self._placed(exchange, scanned[1])
+            placed = self._placed(exchange, known)
         finally:
             if not placed:
                 withdraw(outcome)
@@ -152,29 +164,42 @@ class FastLane:
         handler.begin()
         return exchange
 
+    def _known(self, client: Client) -> Known:
+        """What a request says that its connection has not said before. Raises `CallError`."""
+        headers, state = client.headers, self._state
+        tenant = state.keys.authenticate(headers)
+        plan = self._plans.find(client.path, headers, client.short)
+        outcome = copy(plan.outcome)
+        outcome.tenant, outcome.remote = tenant, client.remote
+        lines = "".join([f"{name}: {value}\r\n" for name, value in forwarded(headers).items()])
+        target = None if plan.candidate.local else self._targets.find(plan.provider, plan.upstream_path, None)
+        known = Known(state, plan, outcome, given_request_id(headers), lines.encode("ascii"), target)
+        client.remember(known)
+        return known
+
     def _configured(self, state: State) -> None:
         self._state = state
         self._plans = Plans(state)
         self._targets.forget()
 
-    def _placed(self, exchange: Exchange, spans: Spans) -> bool:
+    def _placed(self, exchange: Exchange, known: Known) -> bool:
         """Find room for it and a way to it; False where either would take time."""
         plan = exchange.plan
         if plan.candidate.local:
-            return self._on_engine(exchange, spans)
+            return self._on_engine(exchange, known)
         slots = plan.provider.slots
         if slots is not None and not slots.take_now():
             return False
         exchange.slots = slots
         sent = False
         try:
-            sent = self._sent(exchange, spans, None)
+            sent = self._sent(exchange, known, known.target)
         finally:
             if not sent and slots is not None:
                 slots.give()
         return sent
 
-    def _on_engine(self, exchange: Exchange, spans: Spans) -> bool:
+    def _on_engine(self, exchange: Exchange, known: Known) -> bool:
         plan, leases, outcome = exchange.plan, self.handler.leases, exchange.outcome
         name = plan.candidate.deployment.name
         packer = plan.state.packer if exchange.client.path == EMBEDDINGS else None
@@ -192,24 +217,22 @@ class FastLane:
             packer.begin(name)
         sent = False
         try:
-            sent = self._sent(exchange, spans, lease.base_url)
+            target = self._targets.find(plan.provider, plan.upstream_path, lease.base_url)
+            sent = self._sent(exchange, known, target)
         finally:
             if not sent:
                 exchange.unpack()
                 leases.give_back(ticket.id)
         return sent
 
-    def _sent(self, exchange: Exchange, spans: Spans, base_url: str | None) -> bool:
+    def _sent(self, exchange: Exchange, known: Known, target: Target | None) -> bool:
         """Tell the relay where it goes; False where that is not known at once."""
         plan, client = exchange.plan, exchange.client
-        target = self._targets.find(plan.provider, plan.upstream_path, base_url)
-        if target is None:
+        pool = None if target is None else target.pool or self._targets.resolved(target.straight)
+        if target is None or pool is None:
             return False
-        pool, head = target
-        if not _FORWARDED.isdisjoint(client.headers):
-            lines = [f"{name}: {value}\r\n" for name, value in forwarded(client.headers).items()]
-            head += "".join(lines).encode("ascii")
-        client.forward(pool, head, edits_of(spans, plan.changes) if plan.changes else [], plan.limits)
+        head = target.straight.head + known.lines if known.lines else target.straight.head
+        client.forward(pool, head, edits_of(client.spans, plan.changes) if plan.changes else [], plan.limits)
         return True
 
     def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None) -> None:

@@ -214,16 +214,21 @@ def taken_over(request: web.BaseRequest) -> Tried | None:
     return tried
 
 
-def request_id_of(headers: Mapping[str, str]) -> str:
-    """The client's own id where it is harmless, else a new one."""
+def given_request_id(headers: Mapping[str, str]) -> str | None:
+    """The client's own id where it is harmless."""
     given = headers.get("x-request-id")
-    return given if given and _SANE_ID.fullmatch(given) else f"req-{getrandbits(96):024x}"
+    return given if given and _SANE_ID.fullmatch(given) else None
+
+
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return f"req-{getrandbits(96):024x}"
 
 
 def open_outcome(headers: Mapping[str, str], method: str, path: str, remote: str, now: float) -> Outcome:
     """The record of a request that begins now (loop time)."""
     return Outcome(
-        request_id=request_id_of(headers),
+        request_id=given_request_id(headers) or new_request_id(),
         method=method,
         path=path,
         started_s=now,

@@ -31,6 +31,7 @@ class State(msgspec.Struct, frozen=True):
     defaults: Mapping[Task, Defaults]
     max_body: int
     max_header: int
+    max_depth: int
     deadlines_ms: Mapping[LatencyClass, float]
     packer: Packer | None  # None: no embeddings are packed
     limits: Limits
@@ -56,6 +57,7 @@ class State(msgspec.Struct, frozen=True):
             },
             max_body=byte_size(config.limits.max_body),
             max_header=byte_size(config.limits.max_header),
+            max_depth=config.limits.max_json_depth,
             packer=Packer(config.limits.embed_window_ms / 1000) if config.limits.embed_window_ms else None,
             limits=Limits(config.limits, keys.tenants, counters),
             deadlines_ms={

@@ -61,7 +61,7 @@ def is_numeric(host: str) -> bool:
 
 
 class Target(msgspec.Struct):
-    """One way to send. `pool` is None where a host name stands for addresses that may change."""
+    """One way to send. `pool` is None where a host name stands for addresses that may change (`Targets.resolved`)."""
 
     straight: Straight
     pool: Pool | None
@@ -75,17 +75,19 @@ class Targets:
         self._pools: dict[tuple[str, int, float], Pool] = {}
         self._made: dict[tuple[Provider, str, str | None], Target | None] = {}
 
-    def find(self, provider: Provider, path: str, base_url: str | None) -> tuple[Pool, bytes] | None:
-        """The pool and the beginning of the request's head; None if this is not for the fast lane, or not yet."""
+    def find(self, provider: Provider, path: str, base_url: str | None) -> Target | None:
+        """How to send there; None if this is not for the fast lane."""
         key = (provider, path, base_url)
         try:
-            target = self._made[key]
+            return self._made[key]
         except KeyError:
             target = self._made[key] = self._make(provider.straight(path, base_url))
-        if target is None:
-            return None
-        pool = target.pool if target.pool is not None else self._resolved(target.straight)
-        return None if pool is None else (pool, target.straight.head)
+            return target
+
+    def resolved(self, straight: Straight) -> Pool | None:
+        """The pool of a host name's address; None while that is looked up."""
+        address = self._addresses.find(straight.host)
+        return None if address is None else self._pool(address, straight)
 
     def forget(self) -> None:
         """The configuration has changed."""
@@ -102,10 +104,6 @@ class Targets:
             return None
         pool = self._pool(straight.host, straight) if is_numeric(straight.host) else None
         return Target(straight, pool)
-
-    def _resolved(self, straight: Straight) -> Pool | None:
-        address = self._addresses.find(straight.host)
-        return None if address is None else self._pool(address, straight)
 
     def _pool(self, address: str, straight: Straight) -> Pool:
         key = (address, straight.port, straight.keepalive_s)

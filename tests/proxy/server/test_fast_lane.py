@@ -15,6 +15,7 @@ from aiohttp import web
 from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
 from proxy.observe import access_log
 from proxy.server.fast import FastLane
+from proxy.server.journey import FORWARDED
 from tests.fakes import DONE, STREAM, USAGE_CHUNK, FakeUpstream, chunk, hang, plain, stream, until
 from tests.proxy.server.conftest import Proxy
 
@@ -70,8 +71,15 @@ def call(model: str = "demo-chat", **fields: Any) -> dict[str, Any]:
 
 
 async def answer_to(proxy: Proxy, data: bytes) -> bytes:
-    """Everything of one answer, as bytes."""
+    """Everything of one answer on a new connection, as bytes."""
     reader, writer = await asyncio.open_connection(*proxy.address)
+    answer = await next_answer(reader, writer, data)
+    writer.close()
+    return answer
+
+
+async def next_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> bytes:
+    """Everything of one answer."""
     writer.write(data)
     head = await reader.readuntil(b"\r\n\r\n")
     if b"chunked" in head:
@@ -80,7 +88,6 @@ async def answer_to(proxy: Proxy, data: bytes) -> bytes:
             body += await reader.read(65536) or pytest.fail("cut off")
     else:
         body = await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))  # type: ignore[index]
-    writer.close()
     return head + body
 
 
@@ -188,6 +195,60 @@ async def test_both_lanes_tell_alike_what_the_limits_leave_and_let_go_of_it(lane
         assert int(left.split()[1]) > 5000
     assert seen[0] == seen[1]
     assert b"x-ratelimit-limit-tokens: 6000" in seen[0][0][0]
+
+
+ONES = ("a chat", "with an id", "in a class", "traced", "to a remote, renamed", "with a group", "a default model",
+        "embeddings", "a priority", "a stream", "a remote stream")  # fmt: skip
+
+
+async def test_what_a_connection_said_before_changes_no_answer(lanes: Lanes, handed_over: list[bytes]) -> None:
+    """Each call again, and after each other one, on one connection that remembers, beside new ones that cannot."""
+    ordinary, fast = lanes
+    reader, writer = await asyncio.open_connection(*fast.address)
+    expected: dict[str, Any] = {}
+    for name in [*(each for one in ONES for each in (one, one)), *ONES, *reversed(ONES)]:
+        behave, data = CALLS[name]
+        seen = []
+        for proxy in (ordinary,) * (name not in expected) + (fast,):
+            proxy.upstream.behave = proxy.remote.behave = behave
+            proxy.upstream.requests.clear()
+            proxy.remote.requests.clear()
+            got = answer_to(proxy, data) if proxy is ordinary else next_answer(reader, writer, data)
+            answer = normal(await got)
+            await proxy.settled()
+            line = {k: v for k, v in (await proxy.lines())[-1].items() if k not in TIMES}
+            asked = [
+                (path, body, {name: value for name, value in headers.items() if name in FORWARDED})
+                for path, headers, body in proxy.upstream.requests + proxy.remote.requests
+            ]
+            seen.append((answer, line, asked))
+        expected.setdefault(name, seen[0])
+        assert seen[-1] == expected[name]
+    writer.close()
+    assert handed_over == []
+
+
+async def test_a_connection_is_asked_for_its_key_again_when_it_sends_another_or_the_keys_change(fast: Proxy) -> None:
+    reader, writer = await asyncio.open_connection(*fast.address)
+
+    async def status(key: bytes) -> bytes:
+        data = request(call(), CHAT, b"authorization: Bearer " + key)
+        return (await next_answer(reader, writer, data))[9:12]
+
+    fast.configure(keys=("one", "two"))
+    assert [await status(key) for key in (b"one", b"one", b"two", b"one")] == [b"200"] * 4
+    await fast.settled()
+    assert [line["tenant"] for line in await fast.lines()] == ["tenant-0", "tenant-0", "tenant-1", "tenant-0"]
+    fast.configure(keys=("two",))
+    assert await status(b"two") == b"200"
+    assert await status(b"one") == b"401"
+    writer.close()
+    fast.configure(keys=("one",))
+    reader, writer = await asyncio.open_connection(*fast.address)
+    assert await status(b"one") == b"200"
+    fast.configure(keys=("two",))
+    assert await status(b"one") == b"401"
+    writer.close()
 
 
 @pytest.mark.parametrize(
