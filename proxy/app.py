@@ -232,7 +232,7 @@ class App:
 
     async def reload(self) -> None:
         """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
-        self._front.reopen_log()
+        self._front.reopen_logs()
         self._watch.read()
         try:
             loaded = load_start(self._start)

@@ -487,11 +487,15 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Where vramp keeps what it must remember: engine logs, the keeper's socket, learned footprints."""
+    """Where vramp keeps what it must remember: engine logs, the keeper's socket, learned footprints, usage."""
 
     dir: Annotated[
         str, Key("The folder, made if missing. The default is in the folder that vramp is started in.", form="path")
     ] = ".state"
+    usage: Annotated[
+        str,
+        Key('A JSON line for each call of a known caller: a file, in `dir` unless its path is absolute, or "off".'),
+    ] = "usage.jsonl"
 
 
 class ObserveConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

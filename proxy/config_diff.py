@@ -23,6 +23,7 @@ RESTART: Final = (
     "devices.nvidia",
     "devices.measure_interval_s",
     "store.dir",
+    "store.usage",
     "observe.access_log",
     "observe.log_level",
 )

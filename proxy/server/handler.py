@@ -14,6 +14,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from proxy.accounting.usage import UsageLog, unrecordable
 from proxy.catalog.catalog import Deployment
 from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Dialect
@@ -46,6 +47,7 @@ class Handler:
         leases: Leases,
         metrics: Metrics,
         access_log: AccessLog,
+        usage: UsageLog,
         *,
         residency: Callable[[Deployment], str],
         ready: Callable[[], bool] = lambda: True,
@@ -55,6 +57,7 @@ class Handler:
         self.leases = leases
         self._metrics = metrics
         self._access_log = access_log
+        self._usage = usage
         self._residency = residency
         self._ready = ready
         self._created = int(time.time())
@@ -71,7 +74,7 @@ class Handler:
     @property
     def ready(self) -> bool:
         """Whether new requests are welcome: what /readyz says on both listeners."""
-        return not self.draining and self._ready()
+        return not self.draining and not self._usage.full and self._ready()
 
     async def until_idle(self) -> None:
         """Return when no request is in flight."""
@@ -119,6 +122,7 @@ class Handler:
             self._idle.set()
         self._metrics.finished(outcome)
         self._access_log.write(outcome)
+        self._usage.write(outcome)
 
     async def _answered(
         self, request: web.BaseRequest, outcome: Outcome, tried: Exception | None
@@ -156,6 +160,8 @@ class Handler:
             raise HeadersTooLarge(f"The headers are larger than {self.state.max_header} bytes ([limits] max_header).")
         route = routes.find(request.method, request.path)
         if route.endpoint is not None and not self.ready:
+            if self._usage.full:
+                raise unrecordable()
             raise Unavailable("vramp is stopping or not up yet.", code="stopping", retry_after_s=1.0)
         return route
 

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from ext.rate_counters import RateCounters
+from proxy.accounting.usage import UsageLog
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.config import Config
 from proxy.config_secrets import ResolvedSecrets
@@ -44,10 +46,14 @@ class Serving:
         self._config = config
         self._counters = counters
         self._access_log = AccessLog(config.observe.access_log)
+        self._usage = UsageLog(_usage_file(config))
+        metrics.registry.register(self._usage)
         self._providers = _providers_of(config, secrets)
         self._retiring: set[asyncio.Task[None]] = set()
         self._server: http.Server | None = None
-        self._handler = Handler(self._state(config, secrets), leases, metrics, self._access_log, residency=residency)
+        self._handler = Handler(
+            self._state(config, secrets), leases, metrics, self._access_log, self._usage, residency=residency
+        )
 
     @property
     def in_flight(self) -> int:
@@ -73,9 +79,10 @@ class Serving:
         self._handler.state = self._state(config, secrets)
         self._retire(old)
 
-    def reopen_log(self) -> None:
-        """Open the access log anew, after logrotate moved it."""
+    def reopen_logs(self) -> None:
+        """Open the access log and the usage rows anew, after logrotate moved them."""
         self._access_log.reopen()
+        self._usage.reopen()
 
     async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
         """Let what is in flight finish; True when all of it did in time. See `http.Server.drain`."""
@@ -92,6 +99,7 @@ class Serving:
         if self._server is not None:
             await self._server.close()
         await self._access_log.close()
+        await self._usage.close()
         for task in self._retiring:
             task.cancel()
         for provider in self._providers.values():
@@ -120,3 +128,8 @@ def _providers_of(config: Config, secrets: ResolvedSecrets) -> dict[str, Provide
         )
         for backend in config.backends
     }
+
+
+def _usage_file(config: Config) -> str:
+    usage = config.store.usage
+    return usage if usage == "off" else str(Path(config.store.dir, usage))

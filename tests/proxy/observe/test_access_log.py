@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from proxy.observe import access_log
+from proxy.observe import access_log, lines
 from proxy.observe.access_log import AccessLog
 from proxy.observe.outcome import Outcome
 from tests.fakes import until
@@ -35,7 +35,7 @@ async def test_lines_are_written_in_order_and_all_of_them_at_close(tmp_path: Pat
 
 
 async def test_a_batch_is_written_without_anybody_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.001)
     log = AccessLog(str(tmp_path / "log"))
     for at in range(3):  # the writer starts anew for each batch
         log.write(outcome(at))
@@ -55,7 +55,7 @@ async def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.
 
 
 async def test_a_pipe_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.0)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.0)
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(str(tmp_path / "pipe"))
@@ -75,7 +75,7 @@ async def test_a_pipe_that_nobody_reads_holds_up_nobody(tmp_path: Path, monkeypa
 
 
 async def test_a_rotated_file_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.001)
     log = AccessLog(str(tmp_path / "log"))
     log.write(outcome(0))
     await written(tmp_path / "log", 1)
@@ -87,14 +87,14 @@ async def test_a_rotated_file_is_opened_anew(tmp_path: Path, monkeypatch: pytest
 
 
 async def test_closing_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "CLOSE_S", 0.05)
+    monkeypatch.setattr(lines, "CLOSE_S", 0.05)
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(str(tmp_path / "pipe"))
     for at in range(2000):
         log.write(outcome(at))
     await log.close()
-    while log._thread.is_alive():
+    while log._writer._thread.is_alive():
         with contextlib.suppress(BlockingIOError):
             os.read(reader, 1 << 20)
         await asyncio.sleep(0.001)
@@ -102,13 +102,13 @@ async def test_closing_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytes
 
 
 async def test_closing_in_the_middle_of_a_batch_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.0)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.0)
     for at in range(200):  # the end meets the writer at another point each time
         log = AccessLog(str(tmp_path / f"log{at}"))
         log.write(outcome(0))
         await asyncio.sleep(at * 1e-6)
         await log.close()
-        assert not log._thread.is_alive()
+        assert not log._writer._thread.is_alive()
         assert ids(tmp_path / f"log{at}") == ["r0"]
 
 

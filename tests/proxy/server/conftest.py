@@ -13,11 +13,12 @@ import pytest
 import uvloop
 
 from ext.rate_counters import RateCounters
+from proxy.accounting.usage import UsageLog
 from proxy.catalog.catalog import Catalog
 from proxy.config import BackendConfig, Config, ModelConfig, Secret
 from proxy.config_secrets import NamedKey
 from proxy.gate.keys import Keys
-from proxy.observe import access_log
+from proxy.observe import lines
 from proxy.observe.access_log import AccessLog
 from proxy.observe.metrics import Metrics
 from proxy.observe.outcome import Outcome
@@ -43,6 +44,16 @@ class CountingLog(AccessLog):
         super().write(outcome)
 
 
+class CountingUsage(UsageLog):
+    """Likewise for rows."""
+
+    taken = 0
+
+    def write(self, outcome: Outcome) -> None:
+        self.taken += bool(outcome.tenant)
+        super().write(outcome)
+
+
 class Proxy:
     """The server under test on a free port, over fake upstreams (engine and remote) and a fake scheduler."""
 
@@ -54,11 +65,13 @@ class Proxy:
         self.metrics = Metrics()
         self.counters = RateCounters()
         self.log_path = log
+        self.usage_path = log.with_suffix(".usage.jsonl")
         self.providers: list[OpenAIProvider] = []
         self.handler: Handler
         self.server: Server
         self.session: aiohttp.ClientSession
         self.access_log: CountingLog
+        self.usage: CountingUsage
 
     def config(self, **changes: Any) -> Config:
         config = Config(
@@ -95,7 +108,10 @@ class Proxy:
     async def start(self) -> None:
         self.configure()
         self.access_log = CountingLog(str(self.log_path))
-        self.handler = Handler(self.state, self.scheduler, self.metrics, self.access_log, residency=lambda _: "ready")
+        self.usage = CountingUsage(str(self.usage_path))
+        self.handler = Handler(
+            self.state, self.scheduler, self.metrics, self.access_log, self.usage, residency=lambda _: "ready"
+        )
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.address: tuple[str, int] = listening.getsockname()
@@ -110,6 +126,12 @@ class Proxy:
         for provider in self.providers:
             await provider.close()
         await self.access_log.close()
+        await self.usage.close()
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """The usage rows so far."""
+        await until(lambda: self.usage_path.read_bytes().count(b"\n") >= self.usage.taken)
+        return [orjson.loads(line) for line in self.usage_path.read_bytes().splitlines()]
 
     async def lines(self) -> list[dict[str, Any]]:
         """The access log so far."""
@@ -153,7 +175,7 @@ class Proxy:
 async def proxy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> AsyncIterator[Proxy]:
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.001)
     async with FakeUpstream() as upstream, FakeUpstream() as remote:
         proxy = Proxy(upstream, remote, tmp_path / "access.log", fast=request.param == "fast")
         await proxy.start()

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
-from proxy.observe import access_log
+from proxy.observe import lines
 from proxy.server.fast import FastLane
 from proxy.server.journey import FORWARDED
 from tests.fakes import DONE, STREAM, USAGE_CHUNK, FakeUpstream, chunk, hang, plain, stream, until
@@ -30,7 +30,7 @@ Lanes = tuple[Proxy, Proxy]
 @pytest.fixture
 async def lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lanes]:
     """(ordinary, fast) over the same upstreams."""
-    monkeypatch.setattr(access_log, "FLUSH_S", 0.001)
+    monkeypatch.setattr(lines, "FLUSH_S", 0.001)
     async with FakeUpstream() as upstream, FakeUpstream() as remote:
         pair = tuple(Proxy(upstream, remote, tmp_path / f"{fast}.log", fast=fast) for fast in (False, True))
         for each in pair:
@@ -160,21 +160,23 @@ TIMES = ("time", "request_id", "queue_s", "load_s", "upstream_s", "first_byte_s"
 @pytest.mark.parametrize("name", CALLS)
 async def test_both_lanes_answer_and_record_alike(lanes: Lanes, name: str) -> None:
     behave, data = CALLS[name]
-    answers, lines, asked = [], [], []
+    answers, records, rows, asked = [], [], [], []
     for proxy in lanes:
         proxy.upstream.behave = proxy.remote.behave = behave
         proxy.upstream.requests.clear()
         proxy.remote.requests.clear()
         answers.append(normal(await answer_to(proxy, data)))
         await proxy.settled()
-        lines.append([{k: v for k, v in line.items() if k not in TIMES} for line in await proxy.lines()])
+        records.append([{k: v for k, v in line.items() if k not in TIMES} for line in await proxy.lines()])
+        rows.append([{k: v for k, v in row.items() if k not in TIMES} for row in await proxy.rows()])
         asked.append([(path, body) for path, _, body in proxy.upstream.requests + proxy.remote.requests])
         assert proxy.metrics.registry.get_sample_value("vramp_requests_in_flight") == 0
     if name == "a stream of comments":  # one sent the headers with the comment
         answers = [(head[:1], body) for head, body in answers]
     assert answers[0] == answers[1]
-    assert lines[0] == lines[1]
-    assert len(lines[1]) == 1
+    assert records[0] == records[1]
+    assert rows[0] == rows[1]
+    assert len(records[1]) == len(rows[1]) == 1
     assert asked[0] == asked[1]
 
 

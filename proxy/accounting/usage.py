@@ -1,0 +1,131 @@
+"""Usage: one row for every call of a known caller, however it ended. What is charged and reported is made of these.
+
+Rows are JSON lines with always the same fields, appended in batches off the path (`proxy.observe.lines`). Unlike a
+log, they are not dropped: while the file cannot be written they stay in memory, and when `MOST_PENDING` are there, new
+calls are refused with 503 until it can. Nobody is served unrecorded, nobody waits for a disk, and memory is bounded;
+the calls in flight at that moment still find room.
+
+A row may be missing only after a crash (what came within the last `FLUSH_S`) or a stop with an unwritable file, which
+the log then counts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.errors import Unavailable
+from proxy.observe.lines import RETRY_S, LineWriter
+from proxy.observe.outcome import Outcome
+
+MOST_PENDING = 50_000  # about 50 MB
+ROOM_IN_FLIGHT = 50_000  # above those, for calls that began before: more than descriptors allow
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One call. `time` is when it ended, in Unix seconds; waits are in seconds; tokens null where nobody counted."""
+
+    time: float
+    request_id: str
+    tenant: str
+    path: str
+    model: str
+    backend: str
+    latency_class: str
+    stream: bool
+    status: int
+    error: str | None
+    attempts: int
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    queue_s: float
+    load_s: float
+    upstream_s: float
+    duration_s: float
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+class UsageLog(Collector):
+    """`target` is "off" or a path, which is appended to; its folder is made. Raises OSError where that cannot be."""
+
+    def __init__(self, target: str) -> None:
+        self._writer: LineWriter | None = None
+        self._pending: deque[tuple[float, Outcome]] = deque()
+        if target != "off":
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            self._writer = LineWriter("usage", target, row_of, MOST_PENDING + ROOM_IN_FLIGHT)
+            self._pending = self._writer.pending
+
+    @property
+    def full(self) -> bool:
+        """Whether new calls are to be refused."""
+        return len(self._pending) >= MOST_PENDING
+
+    def write(self, outcome: Outcome) -> None:
+        """Take the row of a call that ended, if its caller is known."""
+        if outcome.tenant and self._writer is not None:
+            self._writer.put(outcome)
+
+    def reopen(self) -> None:
+        """Open the file anew, after logrotate moved it."""
+        if self._writer is not None:
+            self._writer.reopen()
+
+    async def close(self) -> None:
+        """Write what is pending, as far as that is possible soon. Idempotent."""
+        if self._writer is not None:
+            await self._writer.close()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """How well rows are written."""
+        if self._writer is None:
+            return
+        yield GaugeMetricFamily("vramp_usage_rows_pending", "Usage rows in memory.", value=len(self._pending))
+        for name, help_text, value in (
+            ("vramp_usage_write_failures", "Attempts to write usage rows that failed.", self._writer.failures),
+            ("vramp_usage_rows_dropped", "Usage rows that found no room.", self._writer.dropped),
+        ):
+            yield CounterMetricFamily(name, help_text, value=value)
+
+
+def unrecordable() -> Unavailable:
+    """The refusal of a call whose usage could not be kept."""
+    words = "Usage cannot be written ([store] usage), and nobody is served unrecorded. The log of vramp says why."
+    return Unavailable(words, code="usage_unwritable", retry_after_s=RETRY_S)
+
+
+def row_of(at: float, outcome: Outcome) -> bytes:
+    """The row of a call that ended `at` this wall-clock time, as a line."""
+    row = Row(
+        round(at, 3),
+        outcome.request_id,
+        outcome.tenant,
+        outcome.path,
+        outcome.model,
+        outcome.backend,
+        outcome.latency_class,
+        outcome.stream,
+        outcome.status,
+        outcome.error,
+        outcome.attempts,
+        outcome.prompt_tokens,
+        outcome.cached_tokens,
+        outcome.output_tokens,
+        round(outcome.queue_s, 4),
+        round(outcome.load_s, 4),
+        round(outcome.upstream_s, 4),
+        round(outcome.duration_s, 4),
+    )
+    return _encode(row) + b"\n"

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+from prometheus_client import CollectorRegistry
+
+from proxy.accounting import usage
+from proxy.accounting.usage import Row, UsageLog, row_of
+from proxy.observe.outcome import Outcome
+
+
+def outcome(tenant: str = "alice") -> Outcome:
+    return Outcome(
+        "r1", "POST", "/v1/chat/completions", 5.0, tenant=tenant, model="m", queue_s=0.123456, prompt_tokens=7
+    )
+
+
+def test_a_row_has_every_field_whether_it_is_known_or_not() -> None:
+    row = orjson.loads(row_of(1_700_000_000.12345, outcome()))
+    assert list(row) == list(Row.__struct_fields__)
+    assert (row["time"], row["tenant"], row["queue_s"]) == (1_700_000_000.123, "alice", 0.1235)
+    assert (row["prompt_tokens"], row["output_tokens"], row["error"]) == (7, None, None)
+
+
+def test_names_of_any_kind_stay_one_line() -> None:
+    line = row_of(0.0, outcome('a "b"\n\x00é'))
+    assert line.count(b"\n") == 1
+    assert orjson.loads(line)["tenant"] == 'a "b"\n\x00é'
+
+
+async def test_rows_are_appended_to_what_is_there_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = UsageLog(str(tmp_path / "new" / "usage.jsonl"))
+        log.write(outcome())
+        log.write(outcome(tenant=""))
+        await log.close()
+    assert (tmp_path / "new" / "usage.jsonl").read_bytes().count(b"\n") == 2
+
+
+async def test_off_is_off() -> None:
+    log = UsageLog("off")
+    log.write(outcome())
+    log.reopen()
+    assert not log.full
+    assert list(log.collect()) == []
+    await log.close()
+
+
+async def test_a_scrape_says_how_rows_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, log = CollectorRegistry(), UsageLog(str(tmp_path / "usage.jsonl"))
+    registry.register(log)
+    assert registry.get_sample_value("vramp_usage_rows_pending") == 0
+    assert registry.get_sample_value("vramp_usage_rows_dropped_total") == 0
+    log.write(outcome())
+    monkeypatch.setattr(usage, "MOST_PENDING", 1)
+    assert log.full
+    await log.close()
+    assert not log.full
+    assert registry.get_sample_value("vramp_usage_write_failures_total") == 0
