@@ -99,6 +99,7 @@ class Core:
         self._arrivals: deque[tuple[float, str]] = deque(maxlen=ARRIVALS_KEPT)
         self._credit = 0.0
         self._credit_at = 0.0
+        self._soon = False  # the next plan has a moment
 
     def __repr__(self) -> str:
         tickets = self.tickets
@@ -282,7 +283,9 @@ class Core:
         missing = min(0.01 * wanted * wanted, wanted) - self._credit
         if missing <= 0.0:
             return self._plan(now)
-        self._plan_at(now + missing / per_s)
+        if not self._soon:  # the events that follow bring it nearer by themselves: no timer, no WakeAt for each
+            self._soon = True
+            self._plan_at(now + missing / per_s)
         return []
 
     def _plan_at(self, at_s: float) -> None:
@@ -292,7 +295,7 @@ class Core:
 
     def _plan(self, now: float) -> list[Command]:
         """Anything but the hot pair may change what should be resident."""
-        self._credit, self._credit_at = 0.0, now
+        self._credit, self._credit_at, self._soon = 0.0, now, False
         if self._arrivals:
             self.ordering.saw(self._arrivals)
             self.placement.eviction.saw(self._arrivals)
