@@ -12,7 +12,7 @@ floods would have what he wants.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 
 from ext.backlog import Backlog
@@ -54,14 +54,16 @@ class WaitQueue:
     `_fairness` by tenant.
     """
 
-    __slots__ = ("_fair", "_fairness", "_now", "_tickets", "backlog")
+    __slots__ = ("_fair", "_fairness", "_now", "_tickets", "_turned", "backlog")
 
-    def __init__(self, fairness: Fairness | None = None) -> None:
+    def __init__(self, fairness: Fairness | None = None, turned: Callable[[], None] = lambda: None) -> None:
+        """`turned` is called when the first has come, and when the last has gone."""
         self._fair = FairQueue(
             MOST_WAITING, patience_s=(0.0,) * len(LatencyClass), ageing_share=AGEING_SHARE, max_passes=0
         )
         self._fairness = fairness if fairness is not None else Fairness()
         self._tickets: dict[int, Waiting] = {}
+        self._turned = turned
         self._now = -inf
         self.backlog = Backlog()
 
@@ -87,6 +89,8 @@ class WaitQueue:
         self._tickets[ticket.id] = waiting
         self._fairness.waits(ticket.tenant, self._fair, ticket.latency_class)
         self.backlog.add(waiting.since_s, waiting.due_s)
+        if len(self._tickets) == 1:
+            self._turned()
 
     def take(self, capacity: Capacity, now: float) -> list[Waiting]:
         """Everybody who goes now, in order; their weights have been taken from the capacity and charged.
@@ -180,6 +184,8 @@ class WaitQueue:
         del self._tickets[ticket.id]
         self._fairness.left(ticket.tenant, self._fair, ticket.latency_class)
         self.backlog.remove(waiting.since_s, waiting.due_s)
+        if not self._tickets:
+            self._turned()
 
     def _clock(self, now: float) -> float:
         """The queue's clock never goes back; ours may, by what a machine's clocks differ."""

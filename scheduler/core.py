@@ -49,7 +49,6 @@ from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
 from scheduler.quotes import Quotes
-from scheduler.state import ModelState
 from scheduler.tickets import Tickets
 from scheduler.timers import Timer, Timers
 
@@ -213,10 +212,8 @@ class Core:
         self._configure(settings)
         wanted = {spec.name: spec for spec in specs}
         out: list[Command] = []
-        for name, spec in wanted.items():
-            model = self.models.setdefault(name, ModelState(spec, self.fairness))
-            model.spec, model.removed = spec, False
-            self.placement.book(model)
+        for spec in wanted.values():
+            model = self.placement.specify(spec)
             if model.engine is not None and model.engine.revision == spec.revision:
                 model.engine.capacity.resize(spec.kv_tokens, spec.max_sequences)
         for name in self.models.keys() - wanted.keys():
@@ -271,16 +268,15 @@ class Core:
     def _plan_soon(self, now: float) -> list[Command]:
         """Plan now if that is cheap for what has happened, else in a moment.
 
-        A plan costs O(wanted models), and one more arrival or end seldom changes it. Each such event earns a credit,
-        and so does time; with w models to choose from a plan is due at w^2 / 100 credits, w at most. So nearly every
-        event plans while few are wanted, the cost per event is bounded however many are, and no plan is older than a
-        second.
+        A plan costs O(w) for w models to weigh, and one more arrival or end seldom changes it. Each such event earns a
+        credit, and so does time; a plan is due at w^2 / 100 credits, w at most. So nearly every event plans while few
+        are wanted, the cost per event is bounded however many are, and no plan is older than a second.
         """
-        wanted = self.placement.wanted
-        per_s = max(CREDIT_PER_S, wanted)
+        weighed = self.placement.weighed
+        per_s = max(CREDIT_PER_S, weighed)
         self._credit += 1.0 + per_s * (now - self._credit_at)
         self._credit_at = now
-        missing = min(0.01 * wanted * wanted, wanted) - self._credit
+        missing = min(0.01 * weighed * weighed, weighed) - self._credit
         if missing <= 0.0:
             return self._plan(now)
         if not self._soon:  # the events that follow bring it nearer by themselves: no timer, no WakeAt for each
@@ -334,10 +330,6 @@ class Core:
 
     def check(self) -> None:
         """What always holds; tests call this after every event. O(everything)."""
-        for ledger in self.devices.values():
-            ledger.check()
-        self.placement.sleep_memory.check()
-        for model in self.models.values():
-            assert (model.engine is None) == (model.state in (Residency.COLD, Residency.FAILED)), model
+        self.placement.check()
         self.tickets.check()
         self.fairness.check(place for model in self.models.values() for place in model.queue.places())

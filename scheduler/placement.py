@@ -26,7 +26,7 @@ from scheduler.forecast import LEAST_WATCHED_S, drain_s
 from scheduler.ledger import DeviceLedger, SleepMemory
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Residency, SchedulerSettings, StopCause
 from scheduler.ordering import Choice, Ordering, Scene
-from scheduler.state import EngineState, ModelState
+from scheduler.state import EngineState, ModelState, Wanted
 from scheduler.timers import Timers
 
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
@@ -55,13 +55,21 @@ class Placement:
         footprints: Footprints | None = None,
     ) -> None:
         self.devices = {spec.name: DeviceLedger(spec) for spec in devices}
-        self.models = {spec.name: ModelState(spec, fairness) for spec in models}
+        self._matching: dict[str, list[DeviceLedger]] = {}  # by name and by kind
+        for ledger in self.devices.values():
+            for each in dict.fromkeys((ledger.spec.name, ledger.spec.kind)):
+                self._matching.setdefault(each, []).append(ledger)
+        self._fairness = fairness
+        self._wanted = Wanted()
+        self._pinned: dict[str, ModelState] = {}  # those that have an engine
+        self.models: dict[str, ModelState] = {}
         self.ordering = ordering
         self.eviction = eviction
         # when to plan again if nothing happens before: a victim must stop admitting, or a load is held back
         self.again_at = inf
         self.patience_s = 10.0  # of the standard class
-        self.wanted = 0  # how many cold models the last plan had to choose from
+        self.weighed = 0  # how many models the last plan had to look at, on all devices together
+        self._competing = 0  # how many it had to choose from
         self._watched_since: float | None = None
         ordering.watch(self.models, self.devices)
         eviction.watch(self.models, self.devices)
@@ -72,8 +80,19 @@ class Placement:
         self.departures = Departures(self.devices, Timers() if timers is None else timers, limit_s=5.0)
         self.sleep_memory = SleepMemory(0)
         self.footprints = Footprints() if footprints is None else footprints
-        for model in self.models.values():
-            self.book(model)
+        for spec in models:
+            self.specify(spec)
+
+    def specify(self, spec: ModelSpec) -> ModelState:
+        """A model is configured, for the first time or anew."""
+        model = self.models.get(spec.name)
+        if model is None:
+            model = self.models[spec.name] = ModelState(spec, self._fairness, self._wanted)
+        model.spec, model.removed = spec, False
+        model.changed()
+        self._pin(model)
+        self.book(model)
+        return model
 
     def configure(self, settings: SchedulerSettings) -> None:
         """Settings that hold from now on."""
@@ -106,31 +125,34 @@ class Placement:
         self.again_at = inf
         out: list[Command] = []
         revived: list[ModelState] = []
-        cold = [m for m in self.models.values() if m.state in (Residency.COLD, Residency.ASLEEP) and m.wanted]
-        self.wanted = len(cold)
+        self._competing, self.weighed = len(self._wanted), 0
+        others = list(self._wanted.others.values())
+        chosen: set[ModelState] = set()
         taken: set[str] = set()
         kept: set[str] = set()
         # a device where a load can begin now chooses before one that is still busy with its last
-        for ledger in self._in_turn(cold):
+        for ledger in self._in_turn(others):
             if ledger.spec.name in taken:
                 continue
-            here = [model for model in cold if self._begins_at(ledger, model, taken)]
+            here = [model for model in self._wanted.on(ledger.spec.name, ledger.spec.kind) if model not in chosen]
+            here += [model for model in others if model not in chosen and self._begins_at(ledger, model, taken)]
+            self.weighed += len(here)
             choice = self._choose(ledger, here, now)
             if choice is not None:
-                cold.remove(choice.model)
+                chosen.add(choice.model)
                 group = self._group(ledger, choice.model)
                 taken |= {each.spec.name for each in group}
                 kept |= {victim.model for victim in choice.victims}
                 out += self._follow(group, choice, now)
-            elif cold and ledger.starting is None:
+            elif len(chosen) < self._competing and ledger.starting is None:
                 self.again_at = min(self.again_at, now + HELD_S)
         revived += self._spare(kept)
         return out + self._replace_outdated() + self._sweep(), revived
 
-    def _in_turn(self, cold: Sequence[ModelState]) -> list[DeviceLedger]:
+    def _in_turn(self, others: Sequence[ModelState]) -> list[DeviceLedger]:
         first = {
             ledger.spec.name
-            for model in cold
+            for model in others
             if model.spec.devices_needed > 1
             for ledger in self.devices.values()
             if self._begins_at(ledger, model)
@@ -141,9 +163,7 @@ class Placement:
         )
 
     def _begins_at(self, ledger: DeviceLedger, model: ModelState, taken: Collection[str] = ()) -> bool:
-        """Whether a load or a wake of this model is this device's to choose."""
-        if model.engine is None and model.spec.devices_needed == 1:
-            return model.spec.device in (ledger.spec.name, ledger.spec.kind)
+        """Whether this device chooses for all that the model needs, or is where it sleeps."""
         group = self._group(ledger, model)
         return bool(group) and not any(each.spec.name in taken for each in group)
 
@@ -154,7 +174,7 @@ class Placement:
         return next((group for group in self._groups(model.spec) if group[0] is ledger), [])
 
     def _groups(self, spec: ModelSpec) -> list[list[DeviceLedger]]:
-        devices, n = list(self._devices_of(spec)), spec.devices_needed
+        devices, n = self._devices_of(spec), spec.devices_needed
         return [devices[i : i + n] for i in range(0, len(devices) - n + 1, n)]
 
     def _books(self, engine: EngineState) -> list[DeviceLedger]:
@@ -166,7 +186,7 @@ class Placement:
         if not wanted:
             return None
         scene = self._scene(ledger, wanted, planned, now)
-        for model in wanted:
+        for model in wanted if self._wanted.others else ():
             if model.spec.devices_needed > 1:
                 scene.spans(model, [self._scene(each, (), None, now) for each in self._group(ledger, model)[1:]])
         asked = min((m for m in wanted if m.wanted_order is not None), key=lambda m: m.wanted_order or 0, default=None)
@@ -181,10 +201,13 @@ class Placement:
     def _promised(self, scene: Scene, name: str) -> Choice | None:
         """Once its victims have been stopped, a plan is kept: whoever took the room that was made for it, the victim
         itself perhaps, could trade places with it for ever without anybody being served."""
-        model = next((each for each in scene.wanted if each.spec.name == self._made_room_for.get(name)), None)
+        promised = self._made_room_for.get(name)
+        if promised is None:
+            return None
+        model = next((each for each in scene.wanted if each.spec.name == promised), None)
         victims = None if model is None else scene.room_for(model)
         if model is None or victims is None:
-            self._made_room_for.pop(name, None)
+            del self._made_room_for[name]
             return None
         return Choice(model, victims, "room was made for it")
 
@@ -442,7 +465,7 @@ class Placement:
 
     def _replace_outdated(self) -> list[Command]:
         out: list[Command] = []
-        for model in self.models.values():
+        for model in list(self._by_engine.values()):
             if (
                 model.state in (Residency.READY, Residency.ASLEEP)
                 and model.engine is not None
@@ -466,6 +489,7 @@ class Placement:
             ledger.promise(engine.id, model.booked_bytes, starting=starting)
         self._by_engine[engine.id] = model
         model.engine = engine
+        self._pin(model)
 
     def detach(self, model: ModelState) -> None:
         """The engine is gone, and its memory with it."""
@@ -478,7 +502,15 @@ class Placement:
         self.sleep_memory.release(engine.id)
         del self._by_engine[engine.id]
         model.engine = None
+        self._pin(model)
         model.progress, model.note = 0.0, ""
+
+    def _pin(self, model: ModelState) -> None:
+        """Its engine counts among those that stay, or no longer."""
+        if model.spec.pinned and model.engine is not None:
+            self._pinned[model.spec.name] = model
+        else:
+            self._pinned.pop(model.spec.name, None)
 
     # -------------------------------------------------------------- footprints
 
@@ -534,20 +566,22 @@ class Placement:
         """Whether the model is the next to load somewhere, and in how many seconds that load should begin: after the
         one under way, and, unless it is the next, after half of the others that are wanted. O(devices)."""
         best = (False, inf)
+        others = 0.5 * max(0, self._competing - 1) / len(self.devices)
         for ledger in self._devices_of(model.spec):
             starting = self._by_engine.get(ledger.starting or "")
-            link_s = 0.0 if starting is None else starting.expected_load_s(now)
+            begin_s = 0.0 if starting is None else starting.expected_load_s(now)
             planned = self._planned.get(ledger.spec.name) == model.spec.name
-            others = 0.0 if planned else 0.5 * max(0, self.wanted - 1) / len(self.devices)
-            begin = (planned, link_s + others * model.seconds_to_load)
-            best = min(best, begin, key=lambda each: each[1])
+            if not planned:
+                begin_s += others * model.seconds_to_load
+            if begin_s < best[1]:
+                best = planned, begin_s
         return best
 
     def never_fits(self, spec: ModelSpec) -> str | None:
         """Why the model can never be resident, or None. Pinned models' memory is not to be had; other engines' and
         foreign memory is, in time, so it does not count here: nothing is evicted for what cannot fit
         (ollama/ollama#18282)."""
-        devices = list(self._devices_of(spec))
+        devices = self._devices_of(spec)
         if not devices:
             return f"{spec.name} runs on {spec.device} memory, and there is no such device"
         groups = self._groups(spec)
@@ -573,14 +607,27 @@ class Placement:
 
     def _pinned_bytes(self, ledger: DeviceLedger, but: str) -> int:
         total = 0
-        for model in self._by_engine.values():
-            if model.spec.pinned and model.engine is not None and model.spec.name != but:
-                holding = ledger.holding(model.engine.id)
-                total += holding.held if holding is not None else 0
+        for model in self._pinned.values():
+            if model.engine is not None and model.spec.name != but:
+                total += self._held(ledger, model.engine)
         return total
 
-    def _devices_of(self, spec: ModelSpec) -> Iterable[DeviceLedger]:
-        return (ledger for ledger in self.devices.values() if spec.device in (ledger.spec.kind, ledger.spec.name))
+    def _devices_of(self, spec: ModelSpec) -> list[DeviceLedger]:
+        return self._matching.get(spec.device, [])
+
+    # ------------------------------------------------------------------ checks
+
+    def check(self) -> None:
+        """What always holds. O(everything)."""
+        for ledger in self.devices.values():
+            ledger.check()
+        self.sleep_memory.check()
+        for model in self.models.values():
+            model.check()
+        assert len(self._wanted) == sum(self._wanted.place(model) is not None for model in self.models.values())
+        assert self._pinned == {
+            name: model for name, model in self.models.items() if model.spec.pinned and model.engine is not None
+        }
 
 
 def _size(size: int) -> str:

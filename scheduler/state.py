@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
@@ -40,6 +40,36 @@ class EngineState:
         self.served = 0
 
 
+class Wanted:
+    """The models that a plan chooses from: neither loaded nor on their way, and waited for, or asked for by an
+    operator. Exact at every moment, because every change of a model says so: a plan need not look at the others.
+
+    Each is at one place: where its `spec.device` says (a kind, or the name of one device), or among `others`, which
+    need a closer look: what sleeps can wake only where it is, and what needs several devices needs them all. O(1) each.
+    """
+
+    __slots__ = ("_by_device", "others")
+
+    def __init__(self) -> None:
+        self.others: dict[str, ModelState] = {}
+        self._by_device: dict[str, dict[str, ModelState]] = {}
+
+    def __len__(self) -> int:
+        return len(self.others) + sum(map(len, self._by_device.values()))
+
+    def place(self, model: ModelState) -> dict[str, ModelState] | None:
+        """Where the model belongs now."""
+        if model.state not in (Residency.COLD, Residency.ASLEEP) or not model.wanted:
+            return None
+        if model.state is Residency.ASLEEP or model.spec.devices_needed > 1:
+            return self.others
+        return self._by_device.setdefault(model.spec.device, {})
+
+    def on(self, *device: str) -> Iterable[ModelState]:
+        """Those for which the device of this name and kind is enough."""
+        return (model for each in dict.fromkeys(device) for model in self._by_device.get(each, {}).values())
+
+
 class ModelState:
     """One model: its residency, its engine if it has one, and who waits for it.
 
@@ -47,16 +77,20 @@ class ModelState:
     """
 
     __slots__ = (
-        "booked_bytes", "cause", "demand", "engine", "failures", "last_asked_s", "last_error", "last_used_s", "load_s",
-        "load_started_s", "loads", "note", "output", "pace", "progress", "queue", "ran_out", "removed", "retry_at_s",
-        "shares", "sleepless", "sleepless_times", "spec", "state", "stop_cause", "ttl_armed", "wake_s", "wanted_order",
+        "_place", "_wanted", "_wanted_order", "booked_bytes", "cause", "demand", "engine", "failures", "last_asked_s",
+        "last_error", "last_used_s", "load_s", "load_started_s", "loads", "note", "output", "pace", "progress", "queue",
+        "ran_out", "removed", "retry_at_s", "shares", "sleepless", "sleepless_times", "spec", "state", "stop_cause",
+        "ttl_armed", "wake_s",
     )  # fmt: skip
 
-    def __init__(self, spec: ModelSpec, fairness: Fairness | None = None) -> None:
+    def __init__(self, spec: ModelSpec, fairness: Fairness | None = None, wanted: Wanted | None = None) -> None:
+        self._wanted = Wanted() if wanted is None else wanted
+        self._place: dict[str, ModelState] | None = None  # among the wanted
+        self._wanted_order: int | None = None
         self.spec = spec
         self.state = Residency.COLD
         self.engine: EngineState | None = None
-        self.queue = WaitQueue(fairness)
+        self.queue = WaitQueue(fairness, self.changed)
         self.output = ExpectedOutput()
         self.pace = Pace()
         self.cause: Ticket | None = None  # whose waiting made the load under way, or the last one, necessary
@@ -77,7 +111,6 @@ class ModelState:
         self.failures = 0
         self.retry_at_s = 0.0
         self.last_error = ""
-        self.wanted_order: int | None = None  # set while an operator's load is outstanding
         self.stop_cause = StopCause.EVICTED  # meaningful while draining
         self.removed = False
         self.ttl_armed = False
@@ -89,6 +122,33 @@ class ModelState:
     def move(self, target: Residency) -> None:
         """Change the state, if the table allows it."""
         self.state = move(self.state, target)
+        self.changed()
+
+    def changed(self) -> None:
+        """It may be wanted now, or no longer, or elsewhere."""
+        place = self._wanted.place(self)
+        if place is not self._place:
+            if self._place is not None:
+                del self._place[self.spec.name]
+            if place is not None:
+                place[self.spec.name] = self
+            self._place = place
+
+    @property
+    def wanted_order(self) -> int | None:
+        """Set while an operator's load is outstanding: its place among those."""
+        return self._wanted_order
+
+    @wanted_order.setter
+    def wanted_order(self, order: int | None) -> None:
+        self._wanted_order = order
+        self.changed()
+
+    def check(self) -> None:
+        """What always holds."""
+        assert (self.engine is None) == (self.state in (Residency.COLD, Residency.FAILED)), self
+        assert self._place is self._wanted.place(self), self
+        assert self._place is None or self._place[self.spec.name] is self, self
 
     @property
     def idle(self) -> bool:
@@ -132,7 +192,7 @@ class ModelState:
     @property
     def wanted(self) -> bool:
         """Somebody waits for it, or an operator asked for it."""
-        return len(self.queue) > 0 or self.wanted_order is not None
+        return len(self.queue) > 0 or self._wanted_order is not None
 
     def expected_load_s(self, now: float) -> float:
         """Seconds until a start under way, or one begun now, should be ready."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from scheduler.commands import Load, Refuse
+from scheduler.core import Core
 from scheduler.events import ConfigChanged, EngineReady, LoadAsked, LoadProgress, UnloadAsked
-from scheduler.model import LatencyClass, ModelSpec, RefusalCode, Residency, SchedulerSettings
+from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, RefusalCode, Residency, SchedulerSettings
 from scheduler.residency import TRANSITIONS, IllegalTransition, move
-from tests.scheduler.conftest import MakeWorld, MiB, kinds, spec
+from tests.scheduler.conftest import MakeWorld, MiB, World, kinds, spec
 
 
 def test_the_first_request_loads_its_model_and_is_admitted_when_it_is_ready(world: MakeWorld) -> None:
@@ -366,6 +367,30 @@ def test_a_model_removed_by_a_reload_is_drained_and_its_queue_is_told(world: Mak
     (stop,) = w.finish(running)
     w.stopped(stop)
     assert "a" not in w.core.models
+
+
+def test_who_waits_for_a_model_that_a_reload_moves_is_served_where_it_is_now() -> None:
+    other = ModelSpec("a", 700 * MiB, "other")
+    core = Core([DeviceSpec("ram", "host", 1000 * MiB), DeviceSpec("far", "other", 1000 * MiB)], [spec("a", 700)])
+    w = World(core)
+    w.measured(foreign=900 * MiB)
+    ticket, commands = w.arrive("a")
+    assert commands == []
+    (load,) = w.step(ConfigChanged((other,), SchedulerSettings()))
+    assert (kinds([load]), load.device) == (["load a"], "far")
+    assert kinds(w.ready(load)) == [f"admit {ticket}"]
+
+
+def test_what_a_pinned_model_no_longer_holds_is_to_be_had(world: MakeWorld) -> None:
+    w = world(memory=1000, a=spec("a", 700, pinned=True), b=700)
+    w.resident("a")
+    assert kinds(w.arrive("b")[1]) == [f"refuse 2 {RefusalCode.NEVER_FITS}"]
+    w.step(ConfigChanged((spec("a", 700), spec("b", 700)), SchedulerSettings()))
+    (stop,) = w.arrive("b")[1]
+    assert kinds([stop]) == ["stop a"]
+    w.stopped(stop)
+    w.step(ConfigChanged((spec("a", 700, pinned=True), spec("b", 700)), SchedulerSettings()))
+    assert w.arrive("b")[1] == []  # a pinned model that is not here keeps nobody out
 
 
 def test_an_unknown_model_is_refused(world: MakeWorld) -> None:
