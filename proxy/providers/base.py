@@ -34,6 +34,10 @@ class Upstream(Protocol):
         """The headers, names in any case."""
         ...
 
+    def arrived(self) -> bytes | None:
+        """The whole body, if it is here already, as short ones are; asked for at most once, and instead of `chunks`."""
+        ...
+
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Nothing is read ahead of the consumer beyond a fixed buffer. Raises `Broken`."""
         ...

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from functools import lru_cache
+from types import TracebackType
 
 import aiohttp
 from yarl import URL
@@ -45,6 +46,11 @@ class HttpUpstream:
         """The headers, names in any case."""
         return self._response.headers
 
+    def arrived(self) -> bytes | None:
+        """See `Upstream`."""
+        content = self._response.content
+        return content.read_nowait() if content.is_eof() and content.exception() is None else None
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes; reading pauses when the consumer does."""
         content = self._response.content
@@ -61,6 +67,7 @@ class OpenAIProvider:
     def __init__(self, backend: BackendConfig, key: Secret | None, *, connect_s: float) -> None:
         remote = backend.kind not in LOCAL_KINDS
         self._name = backend.name
+        self._loop = asyncio.get_running_loop()
         self._base_url = backend.base_url
         self._headers = {"user-agent": "vramp", "accept-encoding": "identity", "content-type": "application/json"}
         self._key = key
@@ -77,26 +84,9 @@ class OpenAIProvider:
             skip_auto_headers=("accept",),
         )
 
-    @asynccontextmanager
-    async def send(
-        self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None
-    ) -> AsyncIterator[HttpUpstream]:
+    def send(self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None) -> Sending:
         """See `Provider.send`."""
-        if self.slots is not None:
-            await self.slots.take(SLOT_WAIT_S)
-        try:
-            response = await self._post(self._url(path, base_url), body, self._headers_for(headers, base_url))
-            try:
-                yield HttpUpstream(response)
-            finally:
-                # Closes the connection unless the body was read to its end: that is what cancels the work upstream.
-                if response.content.at_eof():
-                    response.release()
-                else:
-                    response.close()
-        finally:
-            if self.slots is not None:
-                self.slots.give()
+        return Sending(self, self._url(path, base_url), body, self._headers_for(headers, base_url))
 
     def straight(self, path: str, base_url: str | None = None) -> Straight | None:
         """How to POST there without this session; None where that takes TLS."""
@@ -113,10 +103,7 @@ class OpenAIProvider:
         await self._session.close()
 
     def _url(self, path: str, base_url: str | None) -> URL:
-        base = (base_url or self._base_url or "").rstrip("/")
-        if base.endswith("/v1") and path.startswith("/v1/"):
-            path = path[3:]  # both ways of writing a base URL are common
-        return URL(base + path, encoded=True)
+        return _joined((base_url or self._base_url or "").rstrip("/"), path)
 
     def _headers_for(self, headers: Mapping[str, str], base_url: str | None) -> dict[str, str]:
         own = {**headers, **self._headers}
@@ -124,13 +111,13 @@ class OpenAIProvider:
             own["authorization"] = f"Bearer {self._key.reveal()}"
         return own
 
-    async def _post(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        loop = asyncio.get_running_loop()
-        sent_s = loop.time()
+    async def post(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        """The answer's headers, from one connection or, where that one had gone stale, from another."""
+        sent_s = self._loop.time()
         try:
             return await self._post_once(url, body, headers)
         except Broken:
-            if loop.time() - sent_s >= STALE_S:
+            if self._loop.time() - sent_s >= STALE_S:
                 raise
         return await self._post_once(url, body, headers)
 
@@ -141,6 +128,55 @@ class OpenAIProvider:
             raise Unreachable(f"backend {self._name}: {_why(error)}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Broken(f"backend {self._name}: {_why(error)}") from error
+
+
+class Sending:
+    """One request on its way: from a free slot to the last byte of its answer, as `async with`.
+
+    A class, since the generator that `asynccontextmanager` wants costs as much again as all that is done here.
+    """
+
+    __slots__ = ("_body", "_headers", "_provider", "_response", "_url")
+
+    def __init__(self, provider: OpenAIProvider, url: URL, body: bytes, headers: Mapping[str, str]) -> None:
+        self._provider = provider
+        self._url = url
+        self._body = body
+        self._headers = headers
+
+    async def __aenter__(self) -> HttpUpstream:
+        slots = self._provider.slots
+        if slots is not None and not slots.take_now():
+            await slots.take(SLOT_WAIT_S)
+        try:
+            self._response = await self._provider.post(self._url, self._body, self._headers)
+        except BaseException:
+            self._give()
+            raise
+        return HttpUpstream(self._response)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        response = self._response
+        # Closes the connection unless the body was read to its end: that is what cancels the work upstream.
+        if response.content.at_eof():
+            response.release()
+        else:
+            response.close()
+        self._give()
+
+    def _give(self) -> None:
+        if self._provider.slots is not None:
+            self._provider.slots.give()
+
+
+@lru_cache(maxsize=1024)
+def _joined(base: str, path: str) -> URL:
+    """Parsing a URL takes as long as authenticating does, and there are few of them."""
+    if base.endswith("/v1") and path.startswith("/v1/"):
+        path = path[3:]  # both ways of writing a base URL are common
+    return URL(base + path, encoded=True)
 
 
 def _why(error: Exception) -> str:

@@ -11,22 +11,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from aiohttp import web
+from aiohttp import HttpVersion11, hdrs, web
 
 from proxy.dialects.call import Dialect
 from proxy.dialects.envelope import body_for, event_for, retry_headers, status_for
 from proxy.errors import CallError, MethodNotAllowed
 from proxy.observe.outcome import Outcome
+from proxy.server.head import Dates, head_of
 from proxy.server.watchdog import Watchdog
 
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 # `x-accel-buffering` stops an nginx in front from collecting a stream before it passes it on.
 STREAM_HEADERS = {"content-type": EVENT_STREAM, "cache-control": "no-store", "x-accel-buffering": "no"}
+_dates = Dates()
 
 
 class ClientStalled(Exception):
     """The client took nothing for `[timeouts] write_stall_s`. Nothing can be told to it any more."""
+
+
+class Written(web.StreamResponse):
+    """What the server is told of an answer that is out already.
+
+    aiohttp's own response takes 20 us to put a head together, which is a tenth of a request on this lane.
+    """
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """It was."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """It was."""
+
+    @property
+    def keep_alive(self) -> bool:
+        """Others are not written this way."""
+        return True
 
 
 class Answer:
@@ -102,14 +122,36 @@ class Answer:
     async def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Answer at once, with a length."""
         self.committed = True
+        transport = self._request.transport
+        if body and transport is not None and self._is_plain():
+            self._response = Written(status=status)
+            self._outcome.status = status
+            self._outcome.bytes_out += len(body)
+            head = head_of(status, self._outcome.headers(headers))
+            framed = f"{head}Content-Length: {len(body)}\r\n{_dates.now()}".encode("utf-8", "surrogateescape")
+            self._watch.limit(self._stall_s, ClientStalled)
+            transport.write(framed + body)
+            await self._request.writer.drain()
+            self._watch.lift()
+            return
         self._response = web.Response(status=status, headers=self._outcome.headers(headers), body=body)
         self._outcome.bytes_out += len(body)
         await self._prepare()
         await self.finish()
 
+    def _is_plain(self) -> bool:
+        """Whether nothing but a head and a body is to be said: neither an old client nor the end of the connection."""
+        request = self._request
+        return (
+            request.version == HttpVersion11
+            and request.keep_alive
+            and not self.last
+            and request.method != hdrs.METH_HEAD
+        )
+
     async def finish(self) -> None:
         """End the response. Idempotent."""
-        self._watch.limit(self._stall_s, ClientStalled())
+        self._watch.limit(self._stall_s, ClientStalled)
         await self.response.write_eof()
         self._watch.lift()
 
@@ -151,7 +193,7 @@ class Answer:
 
     async def _send(self, data: bytes) -> None:
         self._outcome.bytes_out += len(data)
-        self._watch.limit(self._stall_s, ClientStalled())
+        self._watch.limit(self._stall_s, ClientStalled)
         await self.response.write(data)
 
 

@@ -26,9 +26,10 @@ from proxy.dialects.splice import edits_of
 from proxy.errors import CallError
 from proxy.gate.limits import withdraw
 from proxy.observe.outcome import Outcome
-from proxy.server.fast_exchange import Dates, Exchange
+from proxy.server.fast_exchange import Exchange
 from proxy.server.fast_plans import Plan, Plans
 from proxy.server.handler import LEFT, Handler, Tried, given_request_id, new_request_id
+from proxy.server.head import Dates
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
 from proxy.server.packing import PATH as EMBEDDINGS
 from proxy.server.record import PASSED, PASSED_PREFIXES

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from email.utils import formatdate
 from typing import Protocol
 
 import msgspec
@@ -17,8 +15,9 @@ from proxy.observe.outcome import Outcome
 from proxy.providers.base import Broken, Unreachable
 from proxy.providers.slots import Slots
 from proxy.server.answer import STREAM_HEADERS, closing_comment
-from proxy.server.fast_plans import Plan, head_of
+from proxy.server.fast_plans import Plan
 from proxy.server.handler import LEFT, Handler, Tried, cut_off_error, total_error
+from proxy.server.head import Dates, head_of
 from proxy.server.journey import FAILOVER_STATUSES, AttemptFailed, EngineBroke, error_of, first_byte_error
 from proxy.server.packing import Packer
 from proxy.server.record import check_body, is_whole, record_body, record_stream, refusal_of, withholds_usage
@@ -27,24 +26,6 @@ from proxy.server.relay import idle_error
 MOST_COMMENTS = 4096
 LAST_CHUNK = b"0\r\n\r\n"
 _CHUNKED = "Transfer-Encoding: chunked\r\n"
-
-
-class Dates:
-    """The last line of every head, made once a second."""
-
-    __slots__ = ("_second", "_text")
-
-    def __init__(self) -> None:
-        self._second = 0
-        self._text = ""
-
-    def now(self) -> str:
-        """The `Date` header, and the empty line."""
-        second = int(time.time())
-        if second != self._second:
-            self._second = second
-            self._text = f"Date: {formatdate(second, usegmt=True)}\r\n\r\n"
-        return self._text
 
 
 class Settles(Protocol):

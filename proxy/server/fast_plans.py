@@ -8,7 +8,6 @@ what is free are asked for every time. A new configuration starts with nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from http import HTTPStatus
 
 import msgspec
 
@@ -19,13 +18,13 @@ from proxy.dialects.endpoints import ENDPOINTS
 from proxy.observe.outcome import Outcome
 from proxy.providers.base import Provider
 from proxy.routing.router import Candidate
+from proxy.server.head import head_of
 from proxy.server.journey import changes_for, note_attempt, note_call
 from proxy.server.state import State
 
 MOST_PLANS = 1024
 MOST_SHORT = 1024  # bytes of a short form that is remembered
 MOST_HEADS = 16  # of one plan
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Plan(msgspec.Struct, eq=False):
@@ -102,12 +101,6 @@ class Plans:
             limits=self._limits,
             may_fail_over=candidate.local or len(decision.candidates) > 1,
         )
-
-
-def head_of(status: int, headers: Mapping[str, str], more: str = "") -> str:
-    """A response's head as aiohttp writes it, but for its framing and its date. `more` are lines."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{lines}{more}server: vramp\r\n"
 
 
 def _template(status: int, passed: Mapping[str, str], outcome: Outcome) -> str:

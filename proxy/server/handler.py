@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from random import getrandbits  # an id is no secret, and the system's own randomness costs a call into the kernel
 from typing import Protocol, cast
 
@@ -54,6 +55,7 @@ class Handler:
     ) -> None:
         self.state = state
         self.draining = False
+        self._loop = asyncio.get_running_loop()  # kept, for asking costs a system call (Python 3.11)
         self.leases = leases
         self._metrics = metrics
         self._access_log = access_log
@@ -89,7 +91,9 @@ class Handler:
         """Answer one request and settle it, however it ends."""
         tried = taken_over(request)
         if tried is None:
-            outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", _now())
+            outcome = open_outcome(
+                request.headers, request.method, request.path, request.remote or "", self._loop.time()
+            )
             self.begin()
         else:
             outcome = tried.outcome
@@ -104,7 +108,7 @@ class Handler:
             outcome.status, outcome.error = LEFT, outcome.error or "client_left"
             raise
         finally:
-            self.end(outcome, _now())
+            self.end(outcome, self._loop.time())
 
     def begin(self) -> None:
         """A request is in flight. `end` follows, exactly once."""
@@ -128,7 +132,7 @@ class Handler:
         self, request: web.BaseRequest, outcome: Outcome, tried: Exception | None
     ) -> web.StreamResponse:
         timeouts = self.state.config.timeouts
-        watch = Watchdog(timeouts.total_s, total_error(timeouts))
+        watch = Watchdog(timeouts.total_s, partial(total_error, timeouts), self._loop)
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
         answer.last = self.draining
         tell = answer.fail
@@ -188,7 +192,7 @@ class Handler:
 
     def malformed(self, request: web.BaseRequest, error: CallError) -> web.Response:
         """The answer to bytes that are no HTTP request of ours; it has no path, so it wears OpenAI's envelope."""
-        outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", _now())
+        outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", self._loop.time())
         outcome.status, outcome.error = error.status, error.code or error.type
         self._metrics.started()
         self._metrics.finished(outcome)
@@ -250,7 +254,3 @@ def total_error(timeouts: TimeoutsConfig) -> UpstreamTimedOut:
 def cut_off_error() -> Unavailable:
     """The end of a request that a stop does not wait for."""
     return Unavailable("vramp is stopping; the request was cut off.", code="stopping", retry_after_s=1.0)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

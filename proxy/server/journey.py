@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -218,7 +219,7 @@ class Journey:
     async def _exchange(self, call: Call, candidate: Candidate, relay: Relay, base_url: str | None) -> None:
         deployment = candidate.deployment
         timeouts = self._state.config.timeouts
-        self._watch.limit(timeouts.first_byte_s, first_byte_error(timeouts))
+        self._watch.limit(timeouts.first_byte_s, partial(first_byte_error, timeouts))
         body = splice(call.body, changes_for(call, deployment), call.spans)
         asked_s = self._watch.now()
         try:

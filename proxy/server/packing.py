@@ -72,6 +72,10 @@ class Split(msgspec.Struct, frozen=True):
     body: bytes
     callers: int
 
+    def arrived(self) -> bytes:
+        """The body."""
+        return self.body
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body."""
         yield self.body

@@ -67,11 +67,12 @@ _body = msgspec.json.Decoder(_Body)
 
 def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The upstream's headers that a client may see. The rest are of its connection or of its innards."""
-    return {
-        name: value
-        for name, value in ((name.lower(), value) for name, value in headers.items())
-        if name in PASSED or name.startswith(PASSED_PREFIXES)
-    }
+    passed = {}
+    for name, value in headers.items():
+        lower = name.lower()
+        if lower in PASSED or lower.startswith(PASSED_PREFIXES):
+            passed[lower] = value
+    return passed
 
 
 def withholds_usage(call: Call) -> bool:

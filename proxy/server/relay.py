@@ -6,6 +6,8 @@ upstream and holds no more than two socket buffers and one read buffer of ours.
 
 from __future__ import annotations
 
+from functools import partial
+
 from ext.sse import EventScanner
 from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Call
@@ -46,7 +48,7 @@ class Relay:
         self._outcome = outcome
         self._watch = watch
         self._idle_s = timeouts.idle_s
-        self._idle_error = idle_error(timeouts)
+        self._idle_error = partial(idle_error, timeouts)
 
     async def carry(self, upstream: Upstream, asked_s: float) -> None:
         """Carry a 2xx answer to its end. `asked_s`: when it was asked for. Raises `Broken` or a `CallError`."""
@@ -87,6 +89,10 @@ class Relay:
 
     async def _carry_body(self, upstream: Upstream, asked_s: float) -> None:
         answer, headers = self._answer, passed_headers(upstream.headers)
+        if body := upstream.arrived():
+            self._first_byte(asked_s)
+            await self._whole(upstream.status, headers, body)
+            return
         held: list[bytes] = []
         size = 0
         async for chunk in upstream.chunks():
@@ -102,13 +108,16 @@ class Relay:
                     await self._begin_large(upstream, headers, held)
             self._watch.limit(self._idle_s, self._idle_error)
         body = b"".join(held)
-        if not answer.committed:
-            check_body(self._call, headers, body)
-        record_body(self._outcome, body)
         if answer.committed:
+            record_body(self._outcome, body)
             await answer.finish()
         else:
-            await answer.whole(upstream.status, headers, body)
+            await self._whole(upstream.status, headers, body)
+
+    async def _whole(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        check_body(self._call, headers, body)
+        record_body(self._outcome, body)
+        await self._answer.whole(status, headers, body)
 
     async def _begin_large(self, upstream: Upstream, headers: dict[str, str], held: list[bytes]) -> None:
         length = upstream.headers.get("content-length")

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from types import TracebackType
 
 # A timer costs more than all the rest of a limit, and most requests are over by then: no limit below arms another one.
 FIRST_LOOK_S = 1.0
+
+# Makes the error that a limit ends with. Most limits are never reached, and an error with its words takes a microsecond
+# to make.
+Failure = Callable[[], Exception]
 
 
 class Watchdog:
@@ -37,8 +42,8 @@ class Watchdog:
         "_total_s",
     )
 
-    def __init__(self, total_s: float, total_error: Exception) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, total_s: float, total_error: Failure, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = loop or asyncio.get_running_loop()
         self._total_s = total_s
         self._total = math.inf
         self._total_error = total_error
@@ -49,7 +54,7 @@ class Watchdog:
         self._armed_at = math.inf  # when it fires; uvloop's handles cannot always tell
 
     def __enter__(self) -> Watchdog:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         if task is None:
             raise RuntimeError("a Watchdog guards a task")
         self._task = task
@@ -70,8 +75,8 @@ class Watchdog:
         if self._expired is not None and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise self._expired from None
 
-    def limit(self, seconds: float, error: Exception) -> None:
-        """From now on the task may take so long until the next `limit`, or it ends with `error`."""
+    def limit(self, seconds: float, error: Failure) -> None:
+        """From now on the task may take so long until the next `limit`, or it ends with what `error` makes."""
         self._error = error
         self._deadline = self._loop.time() + seconds
         if self._deadline < self._armed_at:
@@ -103,5 +108,5 @@ class Watchdog:
         if self._loop.time() < due:
             self._arm(due)
             return
-        self._expired = self._error if self._deadline <= self._total else self._total_error
+        self._expired = self._error() if self._deadline <= self._total else self._total_error()
         self._task.cancel()

@@ -171,8 +171,10 @@ async def test_both_lanes_answer_and_record_alike(lanes: Lanes, name: str) -> No
         rows.append([{k: v for k, v in row.items() if k not in TIMES} for row in await proxy.rows()])
         asked.append([(path, body) for path, _, body in proxy.upstream.requests + proxy.remote.requests])
         assert proxy.metrics.registry.get_sample_value("vramp_requests_in_flight") == 0
-    if name == "a stream of comments":  # one sent the headers with the comment
+    if name == "a stream of comments":  # how the pieces fall says whether headers went out before the first event
         answers = [(head[:1], body) for head, body in answers]
+        for line in (*records[0], *records[1], *rows[0], *rows[1]):
+            line.pop("bytes_out", None)
     assert answers[0] == answers[1]
     assert records[0] == records[1]
     assert rows[0] == rows[1]

@@ -18,8 +18,8 @@ class Late(Exception):
 
 async def test_a_wait_over_its_limit_ends_with_that_limits_error() -> None:
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(0.01, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(0.01, Slow)
             await asyncio.Event().wait()
 
     with pytest.raises(Slow):
@@ -28,17 +28,17 @@ async def test_a_wait_over_its_limit_ends_with_that_limits_error() -> None:
 
 
 async def test_moving_the_limit_keeps_the_task_alive() -> None:
-    with Watchdog(10, Late()) as watch:
+    with Watchdog(10, Late) as watch:
         for _ in range(5):
-            watch.limit(0.05, Slow())
+            watch.limit(0.05, Slow)
             await asyncio.sleep(0.02)
 
 
 async def test_a_shorter_limit_after_a_longer_one_holds() -> None:
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(5, Late())
-            watch.limit(0.01, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(5, Late)
+            watch.limit(0.01, Slow)
             await asyncio.Event().wait()
 
     with pytest.raises(Slow):
@@ -47,9 +47,9 @@ async def test_a_shorter_limit_after_a_longer_one_holds() -> None:
 
 async def test_the_total_limit_cannot_be_moved() -> None:
     async def work() -> None:
-        with Watchdog(0.03, Late()) as watch:
+        with Watchdog(0.03, Late) as watch:
             while True:
-                watch.limit(5, Slow())
+                watch.limit(5, Slow)
                 await asyncio.sleep(0.01)
 
     with pytest.raises(Late):
@@ -57,16 +57,16 @@ async def test_the_total_limit_cannot_be_moved() -> None:
 
 
 async def test_a_lifted_limit_does_not_fire() -> None:
-    with Watchdog(10, Late()) as watch:
-        watch.limit(0.01, Slow())
+    with Watchdog(10, Late) as watch:
+        watch.limit(0.01, Slow)
         watch.lift()
         await asyncio.sleep(0.03)
 
 
 async def test_a_cancellation_from_outside_stays_one() -> None:
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(5, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(5, Slow)
             await asyncio.Event().wait()
 
     task = asyncio.create_task(work())
@@ -78,8 +78,8 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
 
 async def test_a_cancellation_that_comes_with_the_limit_wins() -> None:
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(0, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(0, Slow)
             loop = asyncio.get_running_loop()
             task = asyncio.current_task()
             assert task is not None
@@ -92,8 +92,8 @@ async def test_a_cancellation_that_comes_with_the_limit_wins() -> None:
 
 async def test_an_error_inside_is_not_replaced() -> None:
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(5, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(5, Slow)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -101,11 +101,11 @@ async def test_an_error_inside_is_not_replaced() -> None:
 
 
 async def test_it_can_be_entered_again_after_it_fired() -> None:
-    watch = Watchdog(0.05, Late())
+    watch = Watchdog(0.05, Late)
     with pytest.raises(Late), watch:
         await asyncio.Event().wait()
     with watch:
-        watch.limit(1, Slow())
+        watch.limit(1, Slow)
         await asyncio.sleep(0.01)
 
 
@@ -113,9 +113,9 @@ async def test_a_short_request_arms_one_timer_whatever_its_limits(monkeypatch: p
     armed: list[float] = []
     arm = Watchdog._arm
     monkeypatch.setattr(Watchdog, "_arm", lambda self, when: (armed.append(when), arm(self, when)))
-    with Watchdog(3600, Late()) as watch:
+    with Watchdog(3600, Late) as watch:
         for seconds in (300, 120, 60):
-            watch.limit(seconds, Slow())
+            watch.limit(seconds, Slow)
     assert len(armed) == 1
 
 
@@ -123,8 +123,8 @@ async def test_a_limit_beyond_the_first_look_still_holds(monkeypatch: pytest.Mon
     monkeypatch.setattr(watchdog, "FIRST_LOOK_S", 0.005)
 
     async def work() -> None:
-        with Watchdog(10, Late()) as watch:
-            watch.limit(0.02, Slow())
+        with Watchdog(10, Late) as watch:
+            watch.limit(0.02, Slow)
             await asyncio.Event().wait()
 
     with pytest.raises(Slow):
