@@ -57,6 +57,7 @@ def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = (
         *(check_port("server.listen", config.server.listen) if ports and "http" not in passed else ()),
         *(check_port("server.admin_listen", config.server.admin_listen) if ports and "admin" not in passed else ()),
         *check_disk(Path(config.store.dir)),
+        *check_files(config),
         *check_memory(config, device_specs(config), host_memory()),
         *check_vllm(config),
         *check_models(config),
@@ -113,6 +114,25 @@ def check_disk(state_dir: Path) -> Iterator[Finding]:
     if free < DISK_WANTED:
         says = f'store.dir is "{state_dir}", with {format_size(free)} free on its disk'
         yield Finding(f"{says}; make room, engine logs are written there", fatal=free < DISK_NEEDED)
+
+
+def check_files(config: Config) -> Iterator[Finding]:
+    """Whether the files of usage and of the access log can be made and appended to."""
+    usage, log = config.store.usage, config.observe.access_log
+    files = {
+        "store.usage": None if usage == "off" else Path(config.store.dir, usage),
+        "observe.access_log": None if log in ("off", "stdout") else Path(log),
+    }
+    for key, path in files.items():
+        if path is None:
+            continue
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if there.is_dir() and there == path:
+            yield Finding(f'{key} is "{path}", which is a folder; name a file in it')
+        elif not there.is_dir() and there != path:
+            yield Finding(f'{key} is "{path}", and {there} is a file; name another place')
+        elif not os.access(there, os.W_OK):
+            yield Finding(f'{key} is "{path}", and {there} cannot be written; name a file in a folder of your own')
 
 
 def check_memory(config: Config, devices: Sequence[DeviceSpec], host: HostMemory) -> Iterator[Finding]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -54,13 +53,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 class UsageLog(Collector):
-    """`target` is "off" or a path, which is appended to; its folder is made. Raises OSError where that cannot be."""
+    """`target` is "off" or a path, which is appended to. Raises OSError where that cannot be."""
 
     def __init__(self, target: str) -> None:
         self._writer: LineWriter | None = None
         self._pending: deque[tuple[float, Outcome]] = deque()
         if target != "off":
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
             self._writer = LineWriter("usage", target, row_of, MOST_PENDING + ROOM_IN_FLIGHT)
             self._pending = self._writer.pending
 
@@ -107,9 +105,9 @@ def unrecordable() -> Unavailable:
 
 
 def row_of(at: float, outcome: Outcome) -> bytes:
-    """The row of a call that ended `at` this wall-clock time, as a line."""
+    """The row of a call that ended `at` this wall-clock time, as a line. Unrounded: that would take a third longer."""
     row = Row(
-        round(at, 3),
+        at,
         outcome.request_id,
         outcome.tenant,
         outcome.path,
@@ -123,9 +121,9 @@ def row_of(at: float, outcome: Outcome) -> bytes:
         outcome.prompt_tokens,
         outcome.cached_tokens,
         outcome.output_tokens,
-        round(outcome.queue_s, 4),
-        round(outcome.load_s, 4),
-        round(outcome.upstream_s, 4),
-        round(outcome.duration_s, 4),
+        outcome.queue_s,
+        outcome.load_s,
+        outcome.upstream_s,
+        outcome.duration_s,
     )
     return _encode(row) + b"\n"

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import orjson
 
@@ -22,6 +23,7 @@ from proxy.observe.outcome import Outcome
 
 FLUSH_S = 0.2
 RETRY_S = 1.0
+SLICE = 32  # lines that are encoded before the interpreter is let go
 CLOSE_S = 2.0  # what `close` waits for a pipe that nobody reads
 STDOUT = 1
 
@@ -29,7 +31,7 @@ Encode = Callable[[float, Outcome], bytes]
 
 
 class LineWriter:
-    """Appends to `path`, or to standard output where it is None. Raises OSError when the file cannot be opened.
+    """Appends to `path`, making it and its folder, or to standard output where it is None. Raises OSError.
 
     `encode` makes a line of a wall-clock time and an outcome, in the thread. One thread takes (`put` and the others)
     and one writes: a deque between them needs no lock. The thread is a daemon, for one that hangs in a full pipe must
@@ -77,6 +79,7 @@ class LineWriter:
             await asyncio.to_thread(self._thread.join, CLOSE_S)
 
     def _open(self) -> int:
+        Path(str(self._path)).parent.mkdir(parents=True, exist_ok=True)
         return os.open(str(self._path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
     def _run(self) -> None:
@@ -95,7 +98,11 @@ class LineWriter:
             os.close(self._fd)
 
     def _take(self) -> None:
-        lines = [self._encode(*self.pending.popleft()) for _ in range(len(self.pending))]
+        lines = []
+        for taken in range(1, len(self.pending) + 1):
+            lines.append(self._encode(*self.pending.popleft()))
+            if not taken % SLICE:
+                time.sleep(0)  # else requests would wait for the whole batch, or for what the interpreter lets it have
         dropped = self.dropped
         if dropped > self._dropped_told:
             lines.append(orjson.dumps({"dropped_lines": dropped - self._dropped_told}) + b"\n")

@@ -1,7 +1,7 @@
 """Every way in which a request can end too early, at every point of its way, on both lanes.
 
-However it ends: one line in the access log, nothing in flight, nothing waiting, no lease left, and the next request
-works.
+However it ends: one line in the access log, one usage row that agrees with it, nothing in flight, nothing waiting, no
+lease left, and the next request works.
 """
 
 from __future__ import annotations
@@ -109,10 +109,34 @@ def _close_connections() -> Iterator[None]:
         Request.opened.pop().close()
 
 
+def lines(served: Served, request_id: str) -> list[dict[str, Any]]:
+    """Of the access log."""
+    return written(served, "access.log", request_id)
+
+
 def rows(served: Served, request_id: str) -> list[dict[str, Any]]:
-    log = served.log.parent / "access.log"
-    found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [row for row in found if row.get("request_id") == request_id]
+    """Of usage."""
+    return written(served, ".state/usage.jsonl", request_id)
+
+
+def written(served: Served, name: str, request_id: str) -> list[dict[str, Any]]:
+    text = (served.log.parent / name).read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    return [each for each in found if each.get("request_id") == request_id]
+
+
+def recorded(served: Served, request: Request) -> bool:
+    return bool(lines(served, request.id)) and bool(rows(served, request.id))
+
+
+def assert_recorded_once(served: Served, request: Request) -> dict[str, Any]:
+    """The line of the request, which its usage row repeats."""
+    (line,), (row,) = lines(served, request.id), rows(served, request.id)
+    same = ("tenant", "model", "status", "attempts", "stream")
+    assert [row[name] for name in same] == [line[name] for name in same]
+    assert row["error"] == line.get("error")
+    assert row["output_tokens"] == line.get("output_tokens")
+    return line
 
 
 def model_is(served: Served, model: str, **wanted: object) -> Callable[[], bool]:
@@ -161,25 +185,24 @@ def works(served: Served, model: str) -> Request:
 
 
 def assert_over(served: Served, request: Request, others: list[Request]) -> dict[str, Any]:
-    """One line for each, nothing left, and the next request works; the line."""
+    """One line and row for each, nothing left, and the next request works; the line."""
     for each in (*others, request):
-        served.wait(lambda each=each: bool(rows(served, each.id)), f"no line for {each.id}", 20)
+        served.wait(lambda each=each: recorded(served, each), f"no record of {each.id}", 20)
     idle = {"in_flight": 0, "waiting": 0}
     served.wait(lambda: all(idle.items() <= model.items() for model in served.status()["models"]), "not idle", 20)
     following = works(served, request.model)
-    served.wait(lambda: bool(rows(served, following.id)), "no line for the next request")
+    served.wait(lambda: recorded(served, following), "no record of the next request")
     for each in (*others, following):
-        assert len(rows(served, each.id)) == 1
-    (row,) = rows(served, request.id)
-    return row
+        assert_recorded_once(served, each)
+    return assert_recorded_once(served, request)
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_client_that_leaves_costs_one_line_and_no_lease(served: Served, point: str) -> None:
     request, others = reach(served, point)
     request.leave()
-    row = assert_over(served, request, others)
-    assert (row["status"], row["error"]) == (499, "client_left")
+    line = assert_over(served, request, others)
+    assert (line["status"], line["error"]) == (499, "client_left")
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -188,14 +211,14 @@ def test_an_engine_that_dies_costs_one_line_and_no_lease(served: Served, point: 
     for pid in pids(served, point):
         os.kill(pid, signal.SIGKILL)
     status, said = request.answer() if point != "mid-stream" else (200, request.first_bytes())
-    row = assert_over(served, request, others)
+    line = assert_over(served, request, others)
     if point == "mid-stream":
-        assert row["status"] == 200
-        assert row["error"]
+        assert line["status"] == 200
+        assert line["error"]
     else:
         # done again on a new engine, or refused with the reason: never a silent end
         assert said.endswith(b"data: [DONE]\n\n") or b'"error"' in said, said
-        assert row["status"] == status
+        assert line["status"] == status
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -209,8 +232,9 @@ def test_an_ordered_stop_ends_every_request_with_one_line(lane: str, tmp_path: P
                 other.answer()
             ends[point] = request.answer() if point != "mid-stream" else (200, b"")
         assert served.process.wait(40) == 0
-        for point, (request, others) in reached.items():
-            assert all(len(rows(served, each.id)) == 1 for each in (request, *others)), point
+        for request, others in reached.values():
+            for each in (request, *others):
+                assert_recorded_once(served, each)
         for point, (status, said) in ends.items():
             if point != "mid-stream":
                 assert said.endswith(b"data: [DONE]\n\n") or b'"error"' in said, (point, status, said)

@@ -12,7 +12,16 @@ import psutil
 import pytest
 
 from proxy import preflight
-from proxy.config import BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig, SimulatedDevice, StoreConfig
+from proxy.config import (
+    BackendConfig,
+    Config,
+    DevicesConfig,
+    ModelConfig,
+    ObserveConfig,
+    ServerConfig,
+    SimulatedDevice,
+    StoreConfig,
+)
 from proxy.preflight import Finding, HostMemory
 from scheduler.devices.host import Cgroup
 from scheduler.model import DeviceSpec
@@ -106,6 +115,32 @@ def test_a_state_folder_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("os.access", lambda *_args: False)  # tests may run as root, who may write everywhere
     assert says(preflight.check_disk(tmp_path)) == [
         f'store.dir is "{tmp_path}", and {tmp_path} cannot be written; name a folder of your own'
+    ]
+
+
+def test_files_that_can_be_made_are_no_finding(tmp_path: Path) -> None:
+    (tmp_path / "usage.jsonl").write_text("")
+    assert says(preflight.check_files(Config(store=StoreConfig(dir=str(tmp_path))))) == []
+    new = StoreConfig(dir=str(tmp_path / "new"), usage="off")
+    assert says(preflight.check_files(Config(store=new, observe=ObserveConfig(access_log=f"{tmp_path}/a/log")))) == []
+
+
+def test_files_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = Config(
+        store=StoreConfig(dir=str(tmp_path), usage="."), observe=ObserveConfig(access_log=f"{tmp_path}/file/log")
+    )
+    assert says(preflight.check_files(config)) == [
+        f'store.usage is "{tmp_path}", which is a folder; name a file in it',
+        f'observe.access_log is "{tmp_path}/file/log", and {tmp_path}/file is a file; name another place',
+    ]
+
+
+def test_a_file_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_args: False)  # tests may run as root, who may write everywhere
+    assert says(preflight.check_files(Config(store=StoreConfig(dir=str(tmp_path))))) == [
+        f'store.usage is "{tmp_path}/usage.jsonl", and {tmp_path} cannot be written; '
+        "name a file in a folder of your own"
     ]
 
 
