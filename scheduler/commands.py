@@ -23,6 +23,24 @@ class Refuse(msgspec.Struct, frozen=True):
     retry_after_s: float | None = None
 
 
+class Credit(msgspec.Struct, frozen=True):
+    """Let the holder fill so much more of this engine without asking. `output_tokens` is what it is to expect of an
+    answer without a limit."""
+
+    holder: int
+    model: str
+    engine_id: str
+    sequences: int
+    tokens: int
+    output_tokens: int
+
+
+class Revoke(msgspec.Struct, frozen=True):
+    """Have every holder return its credit on this engine: at once what is unused, the rest as it falls free."""
+
+    engine_id: str
+
+
 class Load(msgspec.Struct, frozen=True):
     """Start an engine for the model on the device and its partners; its memory is already promised on all of them."""
 
@@ -71,4 +89,4 @@ class WakeAt(msgspec.Struct, frozen=True):
     at_s: float
 
 
-Command = Admit | Refuse | Load | Stop | Sleep | Wake | Probe | WakeAt
+Command = Admit | Refuse | Credit | Revoke | Load | Stop | Sleep | Wake | Probe | WakeAt

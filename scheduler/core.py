@@ -8,8 +8,9 @@ It never waits, logs, reads a clock, opens anything or raises for load. How it d
 - Which model is worth loading next is the `Ordering`'s to say, and who goes for it the `Eviction`'s.
 
 This file says what each event sets off, and when a plan is made. What is known and done is elsewhere: who waits and who
-holds a lease in `scheduler.tickets`, what engines and operators say in `scheduler.lifecycle`, what should be resident
-in `scheduler.placement`, what those who wait are told in `scheduler.quotes`.
+holds a lease in `scheduler.tickets`, who lets in on credit in `scheduler.lending`, what engines and operators say in
+`scheduler.lifecycle`, what should be resident in `scheduler.placement`, what those who wait are told in
+`scheduler.quotes`.
 
 Cost: arrive and finish O(1); everything else O(models) at most.
 """
@@ -27,11 +28,14 @@ from scheduler.events import (
     Asleep,
     Cancelled,
     ConfigChanged,
+    CreditAsked,
+    CreditReported,
     EngineFailed,
     EngineReady,
     EngineStopped,
     Event,
     Finished,
+    HolderGone,
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
@@ -43,12 +47,14 @@ from scheduler.eviction.base import Eviction
 from scheduler.eviction.delay import ExpectedDelay
 from scheduler.fairness import Fairness
 from scheduler.footprints import Footprints
+from scheduler.lending import Lending
 from scheduler.lifecycle import Lifecycle
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, RefusalCode, Residency, SchedulerSettings, Ticket
 from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
 from scheduler.quotes import Quotes
+from scheduler.state import ModelState
 from scheduler.tickets import Tickets
 from scheduler.timers import Timer, Timers
 
@@ -91,6 +97,7 @@ class Core:
         self._quotes = Quotes(self.placement)
         self.tickets = Tickets(self.models, self.placement, self._quotes, self._timers, settings, strict=strict)
         self._lifecycle = Lifecycle(self.placement, self.tickets, self._timers, settings)
+        self._lending = Lending(self.placement, self.tickets)
         self._configure(settings)
         self._wake_at: float | None = None
         self._again_at = inf
@@ -115,6 +122,12 @@ class Core:
                 return self.finish(ticket_id, now, prompt_tokens, output_tokens)
             case Cancelled(ticket_id):
                 return self.cancel(ticket_id, now)
+            case CreditAsked():
+                return self._lending.asked(event)
+            case CreditReported():
+                return self._with_wake(self._credit_reported(event, now))
+            case HolderGone(holder):
+                out = self._holder_gone(holder, now)
             case LoadProgress():
                 self._lifecycle.progress(event)
                 return []
@@ -208,6 +221,29 @@ class Core:
         out = self.tickets.admit_waiting(model, now) if model.state is Residency.READY else []
         return self._with_wake(out + self._plan_soon(now))
 
+    def _credit_reported(self, event: CreditReported, now: float) -> list[Command]:
+        model = self._lending.reported(event, now)
+        if model is None:
+            return []
+        self._arrivals.extend([(now, model.spec.name)] * min(event.begun, ARRIVALS_KEPT))
+        return self._credit_changed(model, now)
+
+    def _holder_gone(self, holder: int, now: float) -> list[Command]:
+        out: list[Command] = []
+        for model in self._lending.gone(holder, now):
+            out += self._credit_changed(model, now)
+        return out
+
+    def _credit_changed(self, model: ModelState, now: float) -> list[Command]:
+        """Room may have come back, as when a ticket ends."""
+        tickets = self.tickets
+        out = tickets.admit_waiting(model, now) if model.state is Residency.READY and len(model.queue) else []
+        if not model.in_flight:
+            out += self._lifecycle.became_idle(model)
+            if model.state is not Residency.READY:
+                return out + self._plan(now)
+        return out + self._plan_soon(now) if tickets.waiting else out
+
     def _config_changed(self, specs: Iterable[ModelSpec], settings: SchedulerSettings) -> list[Command]:
         self._configure(settings)
         wanted = {spec.name: spec for spec in specs}
@@ -256,7 +292,9 @@ class Core:
         return []
 
     def _with_wake(self, out: list[Command]) -> list[Command]:
-        """Adds a WakeAt when the next moment of interest has moved nearer."""
+        """Adds what is to be revoked, and a WakeAt when the next moment of interest has moved nearer."""
+        if self._lending:
+            out += self._lending.revocations()
         at = self._timers.next_at()
         if at is not None and (self._wake_at is None or at < self._wake_at):
             self._wake_at = at
@@ -332,4 +370,5 @@ class Core:
         """What always holds; tests call this after every event. O(everything)."""
         self.placement.check()
         self.tickets.check()
+        self._lending.check()
         self.fairness.check(place for model in self.models.values() for place in model.queue.places())

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from scheduler.model import ModelSpec, SchedulerSettings, Ticket
+from scheduler.model import LatencyClass, ModelSpec, SchedulerSettings, Ticket
 
 
 class Arrived(msgspec.Struct, frozen=True):
@@ -32,6 +32,45 @@ class Finished(msgspec.Struct, frozen=True):
     ticket_id: int
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+
+
+class CreditAsked(msgspec.Struct, frozen=True):
+    """A holder of credit wants more of the model's engine: one of so many `parts` of what is free there."""
+
+    holder: int
+    model: str
+    parts: int
+
+
+class Served(msgspec.Struct, frozen=True, array_like=True):
+    """A request that was let in from credit, and is over. Tokens as in `Finished`, weight as in `Ticket`."""
+
+    tenant: str
+    latency_class: LatencyClass
+    since_s: float
+    until_s: float
+    open_ended: bool
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class CreditReported(msgspec.Struct, frozen=True):
+    """What a holder did with its credit on an engine since its last report: how many it let in, how many of those are
+    `in_use` now, which are over. `sequences` and `tokens` it gives back."""
+
+    holder: int
+    engine_id: str
+    begun: int
+    in_use: int
+    served: tuple[Served, ...] = ()
+    sequences: int = 0
+    tokens: int = 0
+
+
+class HolderGone(msgspec.Struct, frozen=True):
+    """A holder of credit has died, and with it all that it had in use."""
+
+    holder: int
 
 
 class LoadAsked(msgspec.Struct, frozen=True):
@@ -125,6 +164,9 @@ Event = (
     Arrived
     | Cancelled
     | Finished
+    | CreditAsked
+    | CreditReported
+    | HolderGone
     | LoadAsked
     | UnloadAsked
     | EngineReady

@@ -140,6 +140,11 @@ class Pace:
         if self._busy_s > PACE_MEMORY_S:
             self._tokens, self._busy_s = self._tokens / 2, self._busy_s / 2
 
+    def ran(self, seconds: float) -> None:
+        """It had work for about so long, and is idle again."""
+        self.began(0.0)
+        self.ended(seconds)
+
     def add(self, tokens: int) -> None:
         """So many were read and made."""
         self._tokens += tokens

@@ -270,7 +270,7 @@ class Placement:
         for victim in victims:
             self._drain(victim, ledger, reason, now)
         starting = any(each.starting is not None for each in group) or any(self.start_beside(each) for each in victims)
-        if starting or any(victim.in_flight for victim in victims):
+        if starting or any(victim.occupied for victim in victims):
             return []  # one start at a time, no neighbour leaves while it measures the device, nobody is cut off
         out: list[Command] = []
         if victims:
@@ -291,7 +291,7 @@ class Placement:
 
     def _drain(self, victim: ModelState, ledger: DeviceLedger, reason: str, now: float) -> None:
         """Let a busy victim admit nobody more, once its drain would otherwise outlast the load under way."""
-        if victim.state is not Residency.READY or not victim.in_flight:
+        if victim.state is not Residency.READY or not victim.occupied:
             return
         if ledger.starting is not None:
             starting = self._by_engine[ledger.starting]
@@ -339,7 +339,7 @@ class Placement:
             return []
         if model.state in (Residency.LOADING, Residency.SUSPENDING, Residency.WAKING):
             return self.stop(model, cause, why) if cause in FIRM else []
-        if engine.in_flight or self.start_beside(model):
+        if engine.occupied or self.start_beside(model):
             model.move(Residency.DRAINING)
             model.stop_cause, model.note = cause, why
             return []
@@ -355,7 +355,7 @@ class Placement:
 
     def drained(self, model: ModelState) -> list[Command]:
         """A draining engine may be idle now, and then it goes."""
-        if model.in_flight or self.start_beside(model):
+        if model.occupied or self.start_beside(model):
             return []
         return self._leave(model, model.stop_cause, model.note)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
+from scheduler.credit import Credits
 from scheduler.events import ProbeAnswered
 from scheduler.expected_output import ExpectedOutput
 from scheduler.fairness import Fairness, LoadShares, Pace
@@ -17,14 +18,15 @@ WAKE_SOONER = 10.0  # than a load, until it has been seen
 
 
 class EngineState:
-    """A living engine: in_flight == tickets admitted and not finished; capacity counts their weights.
+    """A living engine: in_flight == tickets admitted and not finished, and requests on credit by the last reports;
+    capacity counts the tickets' weights, and all credit that is out.
 
     `device` is the first of its `devices`. `says` is what it answered to the probe after its load, None for one that
     was not asked: it cannot be put to sleep, because nobody could tell whether it woke as it was. `end` is what its
     model becomes when it has gone, `was_ready` that it came as far as serving.
     """
 
-    __slots__ = ("capacity", "device", "devices", "end", "id", "in_flight", "revision", "says", "served",
+    __slots__ = ("capacity", "credits", "device", "devices", "end", "id", "in_flight", "revision", "says", "served",
                  "was_ready")  # fmt: skip
 
     def __init__(self, engine_id: str, device: str, spec: ModelSpec, partners: Sequence[str] = ()) -> None:
@@ -36,8 +38,14 @@ class EngineState:
         self.was_ready = False
         self.revision = spec.revision
         self.capacity = Capacity(spec.kv_tokens, spec.max_sequences)
+        self.credits = Credits(self.capacity)
         self.in_flight = 0
         self.served = 0
+
+    @property
+    def occupied(self) -> bool:
+        """Whether somebody has a lease there, or may have one without asking."""
+        return self.in_flight > 0 or self.credits.sequences > 0
 
 
 class Wanted:
@@ -165,6 +173,11 @@ class ModelState:
     def in_flight(self) -> int:
         """Requests on its engine."""
         return self.engine.in_flight if self.engine is not None else 0
+
+    @property
+    def occupied(self) -> bool:
+        """Whether its engine cannot be stopped now without cutting somebody off."""
+        return self.engine is not None and self.engine.occupied
 
     def longest_waiting(self) -> Ticket | None:
         """The ticket that came first of those that wait."""

@@ -13,7 +13,7 @@ from math import inf
 
 from scheduler.admission import Waiting
 from scheduler.commands import Admit, Command, Refuse
-from scheduler.model import RefusalCode, Residency, SchedulerSettings, Ticket
+from scheduler.model import LatencyClass, RefusalCode, Residency, SchedulerSettings, Ticket
 from scheduler.placement import Placement
 from scheduler.quotes import Quotes, why_waiting
 from scheduler.state import EngineState, ModelState
@@ -103,10 +103,7 @@ class Tickets:
             model.pace.began(now)
         engine.in_flight += 1
         model.last_asked_s = now
-        shares = model.shares
-        if shares is not None and ticket.tenant not in shares.shares:
-            for tenant, latency_class, tokens in shares.join(ticket.tenant, ticket.latency_class):
-                model.queue.charge(tenant, latency_class, tokens)
+        share_load(model, ticket.tenant, ticket.latency_class)
         self.admitted[ticket.id] = Admitted(ticket, model, engine, weight, charged, now)
         return Admit(ticket.id, engine.id)
 
@@ -218,10 +215,20 @@ class Tickets:
             model.queue.check()
             if model.engine is not None:
                 mine = [each for each in self.admitted.values() if each.engine is model.engine]
-                assert len(mine) == model.engine.in_flight, model
-                assert sum(each.weight for each in mine) == model.engine.capacity.held_tokens, model
+                lent, capacity = model.engine.credits, model.engine.capacity
+                assert len(mine) + lent.in_use == model.engine.in_flight, model
+                assert len(mine) + lent.sequences == capacity.held_sequences, model
+                assert sum(each.weight for each in mine) + lent.tokens == capacity.held_tokens, model
             if not self.strict:
                 _check_head(model)
+
+
+def share_load(model: ModelState, tenant: str, latency_class: LatencyClass) -> None:
+    """A tenant uses the engine: it takes over its share of what the load cost."""
+    shares = model.shares
+    if shares is not None and tenant not in shares.shares:
+        for each, of, tokens in shares.join(tenant, latency_class):
+            model.queue.charge(each, of, tokens)
 
 
 def load_failed(ticket: Ticket, model: ModelState, now: float) -> Refuse:
