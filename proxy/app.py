@@ -36,7 +36,7 @@ from proxy.assembly import Local, devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.cli_serve import banner
 from proxy.config import ConfigError
-from proxy.config_check import open_problems
+from proxy.config_check import open_problems, worker_count
 from proxy.config_diff import diff
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import ResolvedSecrets, files_of, secrets_of
@@ -44,7 +44,8 @@ from proxy.config_watch import LOOK_S, Watch
 from proxy.observe.engine_metrics import EngineScraper
 from proxy.observe.metrics import Metrics
 from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
-from proxy.server.serving import Serving
+from proxy.server.serving import Front, Serving
+from proxy.workers.pool import Workers
 from scheduler.core import Core
 from scheduler.driver import Scheduler
 from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
@@ -85,7 +86,8 @@ class App:
         self._devices = devices_of(self._config)
         self._catalog = Catalog(self._config)
         self._locals = locals_of(self._config, self._catalog, self._devices)
-        self._metrics = Metrics()
+        self._workers: Workers | None = None  # none: this process serves
+        self._metrics = Metrics(lambda: self._workers.counts() if self._workers else ())
         self._scheduler_metrics = SchedulerMetrics(self._metrics.registry)
 
     async def run(self) -> None:
@@ -106,14 +108,7 @@ class App:
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable)
-        self._front = Serving(
-            self._config,
-            self._secrets,
-            self._scheduler,
-            self._metrics,
-            counters=RateCounters(),
-            residency=self._residency,
-        )
+        self._front = self._serving()
         await self._front.start(self._listeners.get("http", []))
         runner = await self._admin(self._listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
@@ -146,6 +141,20 @@ class App:
         self._recorder = Recorder(path, opening)
         log.info("every decision is recorded in %s; `vramp simulate --replay` runs it again", path)
         return RecordedCore(opening, self._recorder)
+
+    def _serving(self) -> Front:
+        count = worker_count(self._config.server)
+        if count == 1:
+            return Serving(
+                self._config,
+                self._secrets,
+                self._scheduler,
+                self._metrics,
+                counters=RateCounters(),
+                residency=self._residency,
+            )
+        self._workers = Workers(count, self._config, self._secrets, self._scheduler)
+        return self._workers
 
     async def _admin(self, sockets: Sequence[Any]) -> web.AppRunner:
         admin = Admin(
@@ -260,6 +269,8 @@ class App:
 
     def _status(self) -> dict[str, Any]:
         about = {"version": __version__, "backend": BACKEND, "config": self._source, "pid": os.getpid()}
+        if self._workers is not None:
+            about |= {"workers": self._workers.view(), "worker_restarts": self._workers.restarts}
         return status(
             self._scheduler,
             self._config,
@@ -280,6 +291,8 @@ class App:
         return model.state.value if model is not None else "cold"
 
     async def _expose(self) -> tuple[bytes, str]:
+        if self._workers is not None:
+            await self._workers.refresh()
         own = generate_latest(self._metrics.registry)
         return own + await self._scraper.text(), CONTENT_TYPE_LATEST
 
@@ -318,6 +331,7 @@ def parse(argv: Sequence[str]) -> Start:
     parser.add_argument("--listen")
     parser.add_argument("--admin-listen")
     parser.add_argument("--record")
+    parser.add_argument("--workers")
     options = parser.parse_args(argv)
     return Start(
         config=options.config,
@@ -326,6 +340,7 @@ def parse(argv: Sequence[str]) -> Start:
         listen=options.listen,
         admin_listen=options.admin_listen,
         record=options.record,
+        workers=options.workers,
     )
 
 

@@ -65,7 +65,7 @@ Examples:
 @click.option("--listen", metavar="HOST:PORT", help="Where clients connect.  [default: 127.0.0.1:8080]")
 @click.option("--admin-listen", metavar="HOST:PORT", help="Where operators connect.  [default: 127.0.0.1:8081]")
 @click.option("--record", metavar="FILE", help="Record every decision, for `vramp simulate --replay FILE`.")
-@click.option("--workers", type=click.IntRange(1), default=1, help="Worker processes; only 1 for now.")
+@click.option("--workers", metavar="N|auto", help="Processes that serve, see [server] workers.  [default: 1]")
 @click.option(
     "--engine", type=click.Choice(["auto", "simulated"]), default="auto", show_default=True,
     help="simulated: run every local model on a simulated engine, which needs no vLLM and answers with simulated text.",
@@ -76,7 +76,7 @@ def serve(
     listen: str | None,
     admin_listen: str | None,
     record: str | None,
-    workers: int,
+    workers: str | None,
     engine: str,
 ) -> None:
     """Serve models until Ctrl-C.
@@ -85,12 +85,18 @@ def serve(
     fail later: ports, memory, disk, compiler, model folders. SIGHUP reads the configuration again, SIGTERM lets
     requests in flight finish.
     """
-    if workers > 1:
-        raise click.UsageError(f"--workers {workers}: one process serves for now; use --workers 1 or leave it out.")
     from proxy.cli_serve import serve
     from proxy.config_load import Start
 
-    start = Start(config=config, models=models, engine=engine, listen=listen, admin_listen=admin_listen, record=record)
+    start = Start(
+        config=config,
+        models=models,
+        engine=engine,
+        listen=listen,
+        admin_listen=admin_listen,
+        record=record,
+        workers=workers,
+    )
     serve(start)
 
 

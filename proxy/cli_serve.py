@@ -64,6 +64,7 @@ def keeper_argv(start: Start, config: Config) -> list[str]:
         "listen": start.listen,
         "admin-listen": start.admin_listen,
         "record": start.record,
+        "workers": start.workers,
     }
     for option, value in options.items():
         proxy += [f"--{option}", value] if value is not None else []

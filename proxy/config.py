@@ -51,7 +51,7 @@ class Secret:
 class Key(msgspec.Struct, frozen=True):
     """What a key means and takes. `low` and `high` are allowed themselves, `above` is not.
 
-    `form` names a reading that is more than a type: size, listen, secret, url, path, name, address or device.
+    `form` names a reading that is more than a type: size, listen, secret, url, path, name, address, device or workers.
     `absent` says what leaving the key out does, `example` is shown where there is no default to show.
     """
 
@@ -102,7 +102,16 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         tuple[str, ...],
         Key("Keys of operators, written as `api_keys` are.", form="secret", example=["env:VRAMP_ADMIN_KEY"]),
     ] = ()
-    workers: Annotated[int, Key("Worker processes. Only 1 for now.", low=1, high=256)] = 1
+    workers: Annotated[
+        int | str,
+        Key(
+            'Processes that serve. "auto": one for each core, less one for the scheduler and the engines; at least 1. '
+            "With several, each has its share of a backend's `max_connections`.",
+            low=1,
+            high=256,
+            form="workers",
+        ),
+    ] = 1
     fast_lane: Annotated[
         bool,
         Key("Whether native code carries the calls that go straight through; false leaves all of them to aiohttp."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,12 @@ def meaning_problems(config: Config) -> list[Problem]:
     problems += _limits(config)
     problems += _pinned(config.models, backends, config.devices)
     return problems
+
+
+def worker_count(server: ServerConfig) -> int:
+    """How many processes serve. "auto": one for each core that we may use, less one for the scheduler, the engines and
+    the system; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) - 1) if isinstance(server.workers, str) else server.workers
 
 
 def is_loopback(host: str) -> bool:
@@ -52,8 +59,6 @@ def _server(config: Config) -> Iterator[Problem]:
     yield from open_problems(server, [server.listen], [server.admin_listen])
     if server.listen == server.admin_listen and parse_listen(server.listen)[1] != 0:
         yield Problem("server.admin_listen", f"is {show(server.admin_listen)}, as server.listen is; use another port")
-    if server.workers > 1:
-        yield Problem("server.workers", f"is {server.workers}; use 1, more are not supported yet")
 
 
 def _classes(config: Config) -> Iterator[Problem]:
@@ -79,6 +84,9 @@ def _backends(config: Config) -> Iterator[Problem]:
         at = f"backends[{backend.name}]"
         if backend.kind == "openai" and backend.base_url is None:
             yield Problem(f"{at}.base_url", 'is missing; kind openai needs it, e.g. "https://llm.example.com/v1"')
+        if backend.kind == "openai" and backend.max_connections < (workers := worker_count(config.server)):
+            says = f"is {backend.max_connections} for {workers} workers; use at least one for each"
+            yield Problem(f"{at}.max_connections", says)
         if backend.kind != "openai" and backend.base_url is not None:
             yield Problem(f"{at}.base_url", f"is for kind openai only, and kind is {backend.kind}; remove it")
         yield from _backend_device(at, backend, config.devices)

@@ -37,6 +37,7 @@ class Start(msgspec.Struct, frozen=True):
     listen: str | None = None
     admin_listen: str | None = None
     record: str | None = None
+    workers: str | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -78,7 +79,11 @@ def load_start(start: Start) -> Loaded:
     """The configuration that a command line asks for: a file, or folders, or the demo."""
     overrides = {
         f"server.{name}": value
-        for name, value in (("listen", start.listen), ("admin_listen", start.admin_listen))
+        for name, value in (
+            ("listen", start.listen),
+            ("admin_listen", start.admin_listen),
+            ("workers", _number_or_word(start.workers)),
+        )
         if value is not None
     }
     if start.models and start.config is not None:
@@ -92,6 +97,11 @@ def load_start(start: Start) -> Loaded:
     except ConfigError as error:
         raise ConfigError([*error.problems, *([] if start.config is not None else [NO_DEMO])]) from None
     return Loaded(config, str(path), path.resolve().parent, path)
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    """An option's value as the file would have it."""
+    return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
 def demo_path() -> Path:

@@ -214,6 +214,12 @@ def _listen(_key: Key, address: str) -> str | None:
     return None
 
 
+def _workers(key: Key, workers: int | str) -> str | None:
+    if workers == "auto" or (isinstance(workers, int) and _in_range(key, workers)):
+        return None
+    return f'is {show(workers)}; use {range_words(key)}, or "auto"'
+
+
 def _name(_key: Key, name: str) -> str | None:
     if name and name.isprintable() and name == name.strip() and len(name) <= 200:
         return None
@@ -245,6 +251,7 @@ FORMS: Final[dict[str, Callable[[Key, Any], str | None]]] = {
     "size": _size,
     "listen": _listen,
     "name": _name,
+    "workers": _workers,
     "path": _path,
     "url": _url,
     "secret": lambda _key, text: bad_secret(text),

@@ -20,7 +20,9 @@ from typing import Final, NamedTuple
 
 import psutil
 
+from ext.backend import MODULES
 from proxy.config import BackendConfig, Config, ModelConfig
+from proxy.config_check import worker_count
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
 from scheduler.devices.discover import discover
@@ -56,6 +58,7 @@ def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = (
     findings = [
         *(check_port("server.listen", config.server.listen) if ports and "http" not in passed else ()),
         *(check_port("server.admin_listen", config.server.admin_listen) if ports and "admin" not in passed else ()),
+        *check_workers(worker_count(config.server)),
         *check_disk(Path(config.store.dir)),
         *check_files(config),
         *check_memory(config, device_specs(config), host_memory()),
@@ -101,6 +104,13 @@ def _holder(port: int) -> str:
         return f"{psutil.Process(pids[0]).name()} (pid {pids[0]})" if pids else "another process"
     except psutil.Error:
         return "another process"
+
+
+def check_workers(workers: int) -> Iterator[Finding]:
+    """Whether several processes can hold the limits together."""
+    if workers > 1 and MODULES["rate_counters"] != "native":
+        says = f"server.workers is {workers}, and the pure rate counters count in one process only"
+        yield Finding(f"{says}; build the native ones (pip install, or setup.py build_ext), or use 1")
 
 
 def check_disk(state_dir: Path) -> Iterator[Finding]:

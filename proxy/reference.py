@@ -163,6 +163,7 @@ def _takes(bare: Any, key: Key, name: str) -> str:
         "path": "a path",
         "device": "a kind or name of a device",
         "size": f"a size of {range_words(key)}",
+        "workers": f'{range_words(key)}, or "auto"',
     }.get(key.form or "", "")
     if get_origin(bare) is tuple:
         return f"a list of {words or 'text'}"

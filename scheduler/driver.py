@@ -17,7 +17,7 @@ from typing import Protocol, Self
 import aiohttp
 import msgspec
 
-from scheduler.commands import Admit, Command, Load, Probe, Refuse, Sleep, Stop, Wake, WakeAt
+from scheduler.commands import Admit, Command, Credit, Load, Probe, Refuse, Revoke, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.devices.base import Device
 from scheduler.engines.base import EngineExit, EngineKind, Progress
@@ -166,7 +166,7 @@ class Waiting:
     async def granted(self) -> Lease:
         """The lease. Raises `Refused`. May be cancelled and awaited again."""
         if self._future.done():
-            return self._future.result()
+            return self.result()
         return await asyncio.shield(self._future)
 
     def used(self, prompt_tokens: int, output_tokens: int) -> None:
@@ -178,7 +178,15 @@ class Waiting:
         """Granted or refused."""
         return self._future.done()
 
-    def describe(self) -> str:
+    def result(self) -> Lease:
+        """The lease, of one that is `done`. Raises `Refused`."""
+        return self._future.result()
+
+    def when_done(self, tell: Callable[[Waiting], object]) -> None:
+        """Have somebody told, in the turn of the loop after it is `done`."""
+        self._future.add_done_callback(lambda _: tell(self))
+
+    async def describe(self) -> str:
         """One line on what this ticket waits for."""
         return self._driver.describe(self.ticket.id)
 
@@ -233,6 +241,7 @@ class Scheduler:
         self._watchers: set[asyncio.Event] = set()
         self._next_ticket = 0
         self._measure_soon = asyncio.Event()
+        self.on_credit: Callable[[Credit | Revoke], None] = lambda _: None  # whoever has asked for credit sets it
         engines.on_exit = self._engine_died
 
     # ---------------------------------------------------------------- tickets
@@ -286,6 +295,22 @@ class Scheduler:
     def engine_urls(self) -> dict[str, tuple[str, str]]:
         """Where each ready engine answers: (model, base URL) by engine id."""
         return {engine_id: (engine_id.rpartition("#")[0], url) for engine_id, url in self._urls.items()}
+
+    def states(self) -> dict[str, str]:
+        """The state of every local model."""
+        return {name: model.state.value for name, model in self.core.models.items()}
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Something may have changed that people are shown; at first at once, then whenever it may have."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                yield
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._watchers.discard(changed)
 
     def pids(self, engine_id: str) -> list[int]:
         """The processes of an engine, for people who look from outside."""
@@ -357,6 +382,8 @@ class Scheduler:
                     self._admit(command)
                 case Refuse():
                     self._refuse(command)
+                case Credit() | Revoke():
+                    self.on_credit(command)
                 case Load():
                     where = ", ".join((command.device, *command.partners))
                     self._note(f"load {command.model} on {where}", command.reason)

@@ -153,7 +153,7 @@ class FakeWaiting:
     def used(self, prompt_tokens: int, output_tokens: int) -> None:
         self.usage = prompt_tokens, output_tokens
 
-    def describe(self) -> str:
+    async def describe(self) -> str:
         return f"loading {self.ticket.model}, 62 %, 2 before you, about 3 s"
 
     def grant(self, base_url: str, queue_s: float = 0.0, load_s: float = 0.0) -> None:

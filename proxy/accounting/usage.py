@@ -12,14 +12,12 @@ the log then counts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from proxy.errors import Unavailable
 from proxy.observe.lines import RETRY_S, LineWriter
+from proxy.observe.metrics import UsageRows
 from proxy.observe.outcome import Outcome
 
 MOST_PENDING = 50_000  # about 50 MB
@@ -52,7 +50,7 @@ class Row(msgspec.Struct, frozen=True):
 _encode = msgspec.json.Encoder().encode
 
 
-class UsageLog(Collector):
+class UsageLog:
     """`target` is "off" or a path, which is appended to. Raises OSError where that cannot be."""
 
     def __init__(self, target: str) -> None:
@@ -82,20 +80,11 @@ class UsageLog(Collector):
         if self._writer is not None:
             await self._writer.close()
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing in advance."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """How well rows are written."""
+    def rows(self) -> UsageRows | None:
+        """How well rows are written; None where none are."""
         if self._writer is None:
-            return
-        yield GaugeMetricFamily("vramp_usage_rows_pending", "Usage rows in memory.", value=len(self._pending))
-        for name, help_text, value in (
-            ("vramp_usage_write_failures", "Attempts to write usage rows that failed.", self._writer.failures),
-            ("vramp_usage_rows_dropped", "Usage rows that found no room.", self._writer.dropped),
-        ):
-            yield CounterMetricFamily(name, help_text, value=value)
+            return None
+        return UsageRows(len(self._pending), self._writer.failures, self._writer.dropped)
 
 
 def unrecordable() -> Unavailable:

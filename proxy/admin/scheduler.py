@@ -82,6 +82,15 @@ def _engines(ledger: DeviceLedger, placement: Placement) -> list[dict[str, Any]]
     return engines
 
 
+def _credit(model: ModelState) -> list[dict[str, int]]:
+    """What workers may let in without asking."""
+    shares = () if model.engine is None else model.engine.credits
+    return [
+        {"worker": holder, "sequences": share.sequences, "tokens": share.tokens, "in_use": share.in_use}
+        for holder, share in shares
+    ]
+
+
 def _model(model: ModelState, placement: Placement, now: float) -> dict[str, Any]:
     engine, spec = model.engine, model.spec
     return {
@@ -95,6 +104,7 @@ def _model(model: ModelState, placement: Placement, now: float) -> dict[str, Any
         "booked_bytes": model.booked_bytes,
         "misjudged": placement.misjudged(model) or None,
         "in_flight": model.in_flight,
+        "credit": _credit(model),
         "waiting": len(model.queue),
         "eta_s": round(model.expected_load_s(now), 1),
         "retry_in_s": round(max(0.0, model.retry_at_s - now), 1) if model.engine is None and model.failures else None,

@@ -1,9 +1,9 @@
 """A line per request in a file, written off the hot path: in batches, by a thread of its own, within a bound.
 
 A line waits in memory for about `FLUSH_S`. A batch is one write to a file opened for appending, so several processes
-may share a file and no line is cut by another's. Where the disk is full or a pipe is not read, lines stay in memory
-and are tried again every `RETRY_S`, and requests go on; above the bound lines are dropped and counted, rather than
-requests delayed or memory grown, and a later batch says how many.
+may share a file and no line is cut by another's; to a pipe it is several, each of whole lines. Where the disk is full
+or a pipe is not read, lines stay in memory and are tried again every `RETRY_S`, and requests go on; above the bound
+lines are dropped and counted, rather than requests delayed or memory grown, and a later batch says how many.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from select import PIPE_BUF
 
 import orjson
 
@@ -114,7 +116,7 @@ class LineWriter:
         try:
             self._open_anew()
             while self._unwritten:
-                self._unwritten = _rest(self._unwritten, os.write(self._fd, self._unwritten))
+                self._unwritten = _rest(self._unwritten, os.write(self._fd, self._piece()))
         except OSError as error:
             self.failures += 1
             if not self._failing:
@@ -125,6 +127,13 @@ class LineWriter:
             self._log.warning("%s can be written again", self._name)
             self._failing = False
         return True
+
+    def _piece(self) -> bytes:
+        """As much as stays in one piece though others write there as well: to a file all, to a pipe `PIPE_BUF`."""
+        if len(self._unwritten) <= PIPE_BUF or not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            return self._unwritten
+        whole = self._unwritten.rfind(b"\n", 0, PIPE_BUF) + 1
+        return self._unwritten[: whole or None]
 
     def _open_anew(self) -> None:
         if self._reopen:

@@ -61,7 +61,7 @@ class Waits(Protocol):
         """The lease. Raises `Refused`. May be cancelled and awaited again."""
         ...
 
-    def describe(self) -> str:
+    async def describe(self) -> str:
         """One line on what is waited for."""
         ...
 
@@ -212,7 +212,7 @@ class Journey:
                 async with asyncio.timeout(pause_s):
                     return await waiting.granted()
             except TimeoutError:
-                await self._answer.comment(waiting.describe())
+                await self._answer.comment(await waiting.describe())
                 self._watch.lift()
                 pause_s = COMMENT_EVERY_S
 

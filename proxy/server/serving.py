@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from ext.rate_counters import RateCounters
 from proxy.accounting.usage import UsageLog
@@ -27,8 +28,42 @@ from proxy.sizes import byte_size
 log = logging.getLogger("vramp.server")
 
 
+class Front(Protocol):
+    """The public side, as the proxy sees it."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being answered."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are welcome."""
+        ...
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve on these listening sockets, which stay the caller's."""
+        ...
+
+    def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
+        """New requests follow this configuration; those in flight keep the one they began with."""
+        ...
+
+    def reopen_logs(self) -> None:
+        """Open the access log and the usage rows anew, after logrotate moved them."""
+        ...
+
+    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+        """Let what is in flight finish; True when all of it did in time. See `http.Server.drain`."""
+        ...
+
+    async def close(self) -> None:
+        """Cut off what is left, and close everything."""
+        ...
+
+
 class Serving:
-    """Serves one configuration after another, in this process. Made inside the running loop.
+    """The `Front` of a process that serves by itself, or of a worker. Made inside the running loop.
 
     What `counters` have counted of the limits outlives each configuration.
     """
@@ -47,12 +82,17 @@ class Serving:
         self._counters = counters
         self._access_log = AccessLog(config.observe.access_log)
         self._usage = UsageLog(_usage_file(config))
-        metrics.registry.register(self._usage)
+        metrics.usage_rows = self._usage.rows
         self._providers = _providers_of(config, secrets)
         self._retiring: set[asyncio.Task[None]] = set()
         self._server: http.Server | None = None
         self._handler = Handler(
-            self._state(config, secrets), leases, metrics, self._access_log, self._usage, residency=residency
+            self._state(config, secrets, self._providers),
+            leases,
+            metrics,
+            self._access_log,
+            self._usage,
+            residency=residency,
         )
 
     @property
@@ -73,10 +113,12 @@ class Serving:
         self._server = await http.start(self._handler, sockets, limits, fast=self._config.server.fast_lane)
 
     def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
-        """New requests follow this configuration; those in flight keep the one they began with."""
-        old, self._providers = self._providers, _providers_of(config, secrets)
+        """New requests follow this configuration; those in flight keep the one they began with. Raises OverflowError,
+        and has changed nothing, where `counters` have no room for its limits."""
+        providers = _providers_of(config, secrets)
+        self._handler.state = self._state(config, secrets, providers)
         self._config = config
-        self._handler.state = self._state(config, secrets)
+        old, self._providers = self._providers, providers
         self._retire(old)
 
     def reopen_logs(self) -> None:
@@ -105,8 +147,8 @@ class Serving:
         for provider in self._providers.values():
             await provider.close()
 
-    def _state(self, config: Config, secrets: ResolvedSecrets) -> State:
-        return State.of(config, Catalog(config), Keys(secrets.api_keys), self._providers, self._counters)
+    def _state(self, config: Config, secrets: ResolvedSecrets, providers: Mapping[str, Provider]) -> State:
+        return State.of(config, Catalog(config), Keys(secrets.api_keys), providers, self._counters)
 
     def _retire(self, providers: Mapping[str, Provider]) -> None:
         """Close the old pools once nothing that uses them can be in flight any more."""

@@ -82,9 +82,9 @@ class Served:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def get(self, path: str, *, admin: bool = False) -> bytes:
+    def get(self, path: str, *, admin: bool = False, headers: dict[str, str] | None = None) -> bytes:
         base = self.admin_url if admin else self.url
-        with urllib.request.urlopen(base + path, timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(base + path, headers=headers or {}), timeout=10) as answer:
             return bytes(answer.read())
 
     def status(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -345,7 +345,7 @@ def test_check_prints_every_problem_and_fails(config: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         f"error: {config}: server.listn is not a key; did you mean listen?",
-        f"error: {config}: server.workers is 0; use 1 to 256",
+        f'error: {config}: server.workers is 0; use 1 to 256, or "auto"',
     ]
 
 
@@ -405,7 +405,7 @@ def test_serve_becomes_the_keeper_with_the_proxy_behind_it(config: Path, execv: 
         [
             sys.executable, "-m", "scheduler.engines.keeper",
             "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--state-dir", str(config.parent / "state"),
-            "--drain-limit", "40.0",
+            "--drain-limit", "40.0", "--hang-limit", "30.0",
             "--", sys.executable, "-m", "proxy.app",
             "--engine", "simulated", "--config", str(config), "--admin-listen", "127.0.0.1:0",
         ]
@@ -421,7 +421,7 @@ def test_serve_does_not_start_with_a_fatal_finding(
     config: Path, execv: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     findings = [Finding("port 1 is taken by x; stop that"), Finding("few files; raise it", fatal=False)]
-    monkeypatch.setattr(cli_serve, "preflight", lambda _config: findings)
+    monkeypatch.setattr(cli_serve, "preflight", lambda _config, passed: findings)
     result = CliRunner().invoke(main, ["serve", "--config", str(config)])
     assert result.exit_code == 1
     assert result.stderr == "error: port 1 is taken by x; stop that\nwarning: few files; raise it\n"
@@ -439,7 +439,7 @@ def test_serve_ends_what_a_killed_keeper_left_before_it_looks_at_ports(
 
     monkeypatch.setattr(cli_serve, "reap", reap)
 
-    def preflight(_config: Config) -> list[Finding]:
+    def preflight(_config: Config, passed: Sequence[str]) -> list[Finding]:
         did.append("preflight")
         return []
 
@@ -459,10 +459,18 @@ def test_serve_refuses_a_public_address_without_keys(config: Path, execv: list[l
     assert execv == []
 
 
-def test_more_workers_are_refused_for_now() -> None:
-    result = CliRunner().invoke(main, ["serve", "--workers", "4"])
-    assert result.exit_code == 2
-    assert "--workers 4: one process serves for now; use --workers 1 or leave it out." in result.stderr
+@pytest.mark.parametrize("workers", ["0", "257", "-1", "many", "Auto", "1.5"])
+def test_serve_refuses_a_number_of_workers_that_is_none(config: Path, execv: list[list[str]], workers: str) -> None:
+    result = CliRunner().invoke(main, ["serve", "--config", str(config), "--workers", workers])
+    assert result.exit_code == 1
+    assert "error: command line: server.workers is" in result.stderr
+    assert 'use 1 to 256, or "auto"' in result.stderr
+    assert execv == []
+
+
+def test_serve_hands_on_how_many_workers_there_are() -> None:
+    argv = cli_serve.keeper_argv(Start(workers="auto"), load_text("", "x.toml"))
+    assert argv[argv.index("--workers") + 1] == "auto"
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_we_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ async def test_the_waits_on_a_lease_tell_loading_from_queueing(rig: Rig) -> None
     engines.at_once = False
     waiting = scheduler.lease(Ticket(scheduler.new_ticket_id(), "a"))
     await settle()
-    assert waiting.describe().startswith("loading a, 0%")
+    assert (await waiting.describe()).startswith("loading a, 0%")
     await asyncio.sleep(0.01)
     engines.let["a#1"].set_result(None)
     lease = await waiting.granted()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,3 +109,23 @@ async def test_two_writers_of_one_file_tear_no_line(tmp_path: Path, disk: Disk) 
     for writer in writers:
         await writer.close()
     assert sorted(ids(tmp_path / "log")) == sorted(f"r{at}" for at in range(5000))
+
+
+async def test_a_pipe_gets_whole_lines_in_writes_that_stay_in_one_piece(tmp_path: Path, disk: Disk) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    pieces: list[bytes] = []
+
+    def write(fd: int, data: bytes) -> int:
+        pieces.append(bytes(data))
+        return disk.real(fd, data)
+
+    disk.does = write
+    writer = LineWriter("the log", str(tmp_path / "pipe"), line_of, 1000)
+    for at in range(60):
+        writer.put(outcome(at))
+    await writer.close()
+    os.close(reader)
+    assert b"".join(pieces).count(b"\n") == 60
+    assert max(map(len, pieces)) <= select.PIPE_BUF
+    assert all(piece.endswith(b"\n") for piece in pieces)
