@@ -59,6 +59,7 @@ class Placement:
         for ledger in self.devices.values():
             for each in dict.fromkeys((ledger.spec.name, ledger.spec.kind)):
                 self._matching.setdefault(each, []).append(ledger)
+        self._grouped: dict[tuple[str, int], list[list[DeviceLedger]]] = {}  # by kind or name, and how many at once
         self._fairness = fairness
         self._wanted = Wanted()
         self._pinned: dict[str, ModelState] = {}  # those that have an engine
@@ -174,8 +175,12 @@ class Placement:
         return next((group for group in self._groups(model.spec) if group[0] is ledger), [])
 
     def _groups(self, spec: ModelSpec) -> list[list[DeviceLedger]]:
-        devices, n = self._devices_of(spec), spec.devices_needed
-        return [devices[i : i + n] for i in range(0, len(devices) - n + 1, n)]
+        key = spec.device, spec.devices_needed
+        groups = self._grouped.get(key)
+        if groups is None:
+            devices, n = self._devices_of(spec), spec.devices_needed
+            groups = self._grouped[key] = [devices[i : i + n] for i in range(0, len(devices) - n + 1, n)]
+        return groups
 
     def _books(self, engine: EngineState) -> list[DeviceLedger]:
         return [self.devices[name] for name in engine.devices]
@@ -581,22 +586,23 @@ class Placement:
         """Why the model can never be resident, or None. Pinned models' memory is not to be had; other engines' and
         foreign memory is, in time, so it does not count here: nothing is evicted for what cannot fit
         (ollama/ollama#18282)."""
-        devices = self._devices_of(spec)
-        if not devices:
-            return f"{spec.name} runs on {spec.device} memory, and there is no such device"
         groups = self._groups(spec)
-        if not groups:
-            return f"{spec.name} needs {spec.devices_needed} {spec.device} devices, and there are {len(devices)}"
-        group = max(groups, key=lambda each: self._attainable_of(each, spec.name))
-        largest = min(group, key=lambda ledger: self._attainable(ledger, spec.name))
-        attainable = self._attainable(largest, spec.name)
-        if spec.memory_bytes <= attainable:
+        if any(spec.memory_bytes <= self._attainable_of(group, spec.name) for group in groups):
             return None
-        pinned = self._pinned_bytes(largest, spec.name)
+        if groups:
+            return self._too_large(spec, max(groups, key=lambda each: self._attainable_of(each, spec.name)))
+        devices = self._devices_of(spec)
+        if devices:
+            return f"{spec.name} needs {spec.devices_needed} {spec.device} devices, and there are {len(devices)}"
+        return f"{spec.name} runs on {spec.device} memory, and there is no such device"
+
+    def _too_large(self, spec: ModelSpec, group: Sequence[DeviceLedger]) -> str:
+        scarce = min(group, key=lambda ledger: self._attainable(ledger, spec.name))
+        pinned = self._pinned_bytes(scarce, spec.name)
         besides = f", {_size(pinned)} of it pinned" if pinned else ""
         return (
-            f"{spec.name} needs {_size(spec.memory_bytes)} and {largest.spec.name} can give at most "
-            f"{_size(attainable)} ({_size(largest.spec.capacity_bytes)} in all{besides})"
+            f"{spec.name} needs {_size(spec.memory_bytes)} and {scarce.spec.name} can give at most "
+            f"{_size(scarce.limit - pinned)} ({_size(scarce.spec.capacity_bytes)} in all{besides})"
         )
 
     def _attainable_of(self, group: Sequence[DeviceLedger], name: str) -> int:
