@@ -19,12 +19,11 @@ from ext.backlog import Backlog
 from ext.fair_queue import FairQueue
 from ext.weighted_semaphore import Capacity
 from scheduler.eta import Stage
-from scheduler.fairness import Fairness, Line
+from scheduler.fairness import MOST_TOKENS, Fairness, Line
 from scheduler.model import LatencyClass, Ticket
 
 AGEING_SHARE = 4
 MOST_WAITING = 1 << 20  # a queue's own limit; what a model lets wait is a setting of its own
-MOST_TOKENS = 1 << 40
 
 
 class Waiting:
@@ -78,6 +77,7 @@ class WaitQueue:
         """Join the end of one's tenant's line."""
         ticket = waiting.ticket
         waiting.tokens = max(1, min(waiting.tokens, MOST_TOKENS))
+        self._fairness.catch_up(self._fair)
         self._fair.push(
             ticket.id,
             ticket.tenant,
@@ -101,7 +101,7 @@ class WaitQueue:
         now = self._clock(now)
         out: list[Waiting] = []
         # again while there was somebody: what a grant charges in other classes may change whose turn it is there
-        while batch := self._fair.take(capacity.free_tokens, capacity.free_sequences, now):
+        while batch := self._next_batch(capacity, now):
             out += [self._grant(ticket_id, capacity) for ticket_id in batch]
         head = None if out or capacity.held_sequences else self.head()
         if head is not None and capacity.try_take(min(head.tokens, capacity.tokens)):
@@ -113,6 +113,7 @@ class WaitQueue:
 
     def head(self) -> Waiting | None:
         """Whose turn it is."""
+        self._fairness.catch_up(self._fair)
         ticket_id = self._fair.head()
         return None if ticket_id is None else self._tickets[ticket_id]
 
@@ -129,6 +130,7 @@ class WaitQueue:
         """Take out a ticket wherever it stands, uncharged; None when it is not here."""
         waiting = self._tickets.get(ticket.id)
         if waiting is not None:
+            self._fairness.catch_up(self._fair)
             self._fair.cancel(ticket.id)
             self._forget(waiting)
         return waiting
@@ -146,6 +148,7 @@ class WaitQueue:
 
     def charged(self, tenant: str, latency_class: LatencyClass) -> int:
         """The tenant's counter in a class."""
+        self._fairness.catch_up(self._fair)
         return self._fair.counter(tenant, latency_class)
 
     def count(self, latency_class: LatencyClass) -> int:
@@ -170,6 +173,10 @@ class WaitQueue:
         """What always holds. O(n)."""
         assert len(self._tickets) == len(self._fair) == len(self.backlog)
         assert all(ticket_id in self._fair for ticket_id in self._tickets)
+
+    def _next_batch(self, capacity: Capacity, now: float) -> list[int]:
+        self._fairness.catch_up(self._fair)
+        return self._fair.take(capacity.free_tokens, capacity.free_sequences, now)
 
     def _grant(self, ticket_id: int, capacity: Capacity) -> Waiting:
         waiting = self._tickets[ticket_id]

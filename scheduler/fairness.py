@@ -30,7 +30,9 @@ What tenants are fair about is the order inside a model. Which model is loaded i
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import Protocol
 
 from scheduler.model import LatencyClass
@@ -38,6 +40,8 @@ from scheduler.model import LatencyClass
 FIRST_RATE = 500.0  # tokens a second of an engine that has not been measured yet
 LEAST_BUSY_S = 1.0
 PACE_MEMORY_S = 600.0  # busy seconds after which what is known of an engine's pace counts half
+MOST_TOKENS = 1 << 40  # of one charge
+RECENT = 1024  # charges remembered one by one
 MOST_SHARERS = 16  # of one load: the share of the next would be too small to matter
 
 
@@ -54,30 +58,79 @@ class Line(Protocol):
         ...
 
 
-class Fairness:
-    """Where each tenant waits, so that what it gets at one place counts at the others. Every call is O(places)."""
+class _Tenant:
+    """`charged` while it waits somewhere, and at how many `places` it does."""
 
-    __slots__ = ("_places",)
+    __slots__ = ("charged", "places")
 
     def __init__(self) -> None:
-        self._places: dict[str, dict[tuple[Line, LatencyClass], int]] = {}  # how many of its tickets wait where
+        self.charged = self.places = 0
+
+
+class _Place:
+    """A tenant in a line and class: its tickets there, and how much of its tenant's `charged` is in the counter."""
+
+    __slots__ = ("charged", "tenant", "tickets")
+
+    def __init__(self, tenant: _Tenant) -> None:
+        self.tenant = tenant
+        self.charged = tenant.charged
+        self.tickets = 0
+
+
+class _Book:
+    """The places of a line, and how many charges it has seen."""
+
+    __slots__ = ("charges", "places")
+
+    def __init__(self, charges: int) -> None:
+        self.charges = charges
+        self.places: dict[tuple[str, LatencyClass], _Place] = {}
+
+
+class Fairness:
+    """Where each tenant waits, so that what it gets at one place counts at the others.
+
+    A charge is noted once; the counters elsewhere catch up when somebody looks at their line (`catch_up`), which must
+    come before every look. The refused alternative, to charge all places at once, costs every grant as much as there
+    are models that its tenant waits for. Every call is O(1), but for `catch_up`: O(charges since the line's last), and
+    never more than O(places in the line).
+    """
+
+    __slots__ = ("_books", "_charges", "_recent", "_tenants")
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Tenant] = {}  # those that wait
+        self._books: dict[Line, _Book] = {}  # of lines in which somebody waits
+        self._charges = 0
+        self._recent: deque[str] = deque(maxlen=RECENT)  # who was charged, the latest last
 
     def waits(self, tenant: str, line: Line, latency_class: LatencyClass) -> None:
         """One more of the tenant's tickets waits there."""
-        places = self._places.setdefault(tenant, {})
-        place = (line, latency_class)
-        places[place] = places.get(place, 0) + 1
+        book = self._books.get(line)
+        if book is None:
+            book = self._books[line] = _Book(self._charges)
+        place = book.places.get((tenant, latency_class))
+        if place is None:
+            owner = self._tenants.setdefault(tenant, _Tenant())
+            owner.places += 1
+            place = book.places[tenant, latency_class] = _Place(owner)
+        place.tickets += 1
 
     def left(self, tenant: str, line: Line, latency_class: LatencyClass) -> None:
         """One waits there no more."""
-        places = self._places[tenant]
-        place = (line, latency_class)
-        if places[place] > 1:
-            places[place] -= 1
+        book = self._books[line]
+        place = book.places[tenant, latency_class]
+        place.tickets -= 1
+        if place.tickets:
             return
-        del places[place]
-        if not places:
-            del self._places[tenant]
+        _settle(line, tenant, latency_class, place)
+        del book.places[tenant, latency_class]
+        if not book.places:
+            del self._books[line]
+        place.tenant.places -= 1
+        if not place.tenant.places:
+            del self._tenants[tenant]
 
     def charge(self, tenant: str, line: Line, latency_class: LatencyClass, tokens: int) -> None:
         """Charge what the tenant got in this line, there and wherever else it waits. Below 0 gives back."""
@@ -86,17 +139,46 @@ class Fairness:
 
     def charge_elsewhere(self, tenant: str, line: Line, latency_class: LatencyClass, tokens: int) -> None:
         """The same for a grant: its own line has charged it already."""
-        for place in self._places.get(tenant, ()):
-            if place != (line, latency_class):
-                place[0].charge(tenant, place[1], tokens)
+        owner = self._tenants.get(tenant)
+        if owner is None:
+            return
+        owner.charged += tokens
+        self._charges += 1
+        self._recent.append(tenant)
+        book = self._books.get(line)
+        own = None if book is None else book.places.get((tenant, latency_class))
+        if own is not None:
+            own.charged += tokens
+
+    def catch_up(self, line: Line) -> None:
+        """Bring the line's counters up to what its tenants have been charged elsewhere."""
+        book = self._books.get(line)
+        if book is None or book.charges == self._charges:
+            return
+        missed, book.charges = self._charges - book.charges, self._charges
+        if missed > RECENT or missed * len(LatencyClass) >= len(book.places):
+            for (tenant, latency_class), place in book.places.items():
+                _settle(line, tenant, latency_class, place)
+            return
+        for tenant in islice(reversed(self._recent), missed):
+            for latency_class in LatencyClass:
+                some = book.places.get((tenant, latency_class))
+                if some is not None:
+                    _settle(line, tenant, latency_class, some)
 
     def check(self, waiting: Iterable[tuple[str, Line, LatencyClass]]) -> None:
         """The places are exactly those of the tickets that wait. O(waiting)."""
-        seen: dict[str, dict[tuple[Line, LatencyClass], int]] = {}
-        for tenant, line, latency_class in waiting:
-            places = seen.setdefault(tenant, {})
-            places[line, latency_class] = places.get((line, latency_class), 0) + 1
-        assert seen == self._places
+        seen = Counter((line, (tenant, latency_class)) for tenant, line, latency_class in waiting)
+        known = {(line, at): place.tickets for line, book in self._books.items() for at, place in book.places.items()}
+        assert seen == known
+        assert {name: tenant.places for name, tenant in self._tenants.items()} == Counter(at[0] for _, at in known)
+
+
+def _settle(line: Line, tenant: str, latency_class: LatencyClass, place: _Place) -> None:
+    while missing := place.tenant.charged - place.charged:
+        part = max(-MOST_TOKENS, min(MOST_TOKENS, missing))
+        line.charge(tenant, latency_class, part)
+        place.charged += part
 
 
 class LoadShares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Sequence
 from itertools import count
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ext.weighted_semaphore import Capacity
+from scheduler.admission import Waiting, WaitQueue
 from scheduler.commands import Admit, Command, Load, Refuse, Stop
 from scheduler.core import Core
 from scheduler.events import Arrived, Cancelled, EngineReady, EngineStopped, Event, Finished, LoadAsked
-from scheduler.fairness import FIRST_RATE, MOST_SHARERS, LoadShares, Pace, largest_gap
+from scheduler.fairness import FIRST_RATE, MOST_SHARERS, MOST_TOKENS, Fairness, Line, LoadShares, Pace, largest_gap
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Ticket
 from scheduler.ordering import Ordering
 from scheduler.policies.fifo import Fifo
@@ -209,6 +212,63 @@ def test_what_a_tenant_gets_of_another_model_counts_where_it_waits() -> None:
     assert house.charged("both") == 10
     house.finish(running[0], 10)
     assert house.admitted[-1] == waits
+
+
+class Prompt(Fairness):
+    """Charges all places at once: what the lazy one must be indistinguishable from."""
+
+    def charge_elsewhere(self, tenant: str, line: Line, latency_class: LatencyClass, tokens: int) -> None:
+        super().charge_elsewhere(tenant, line, latency_class, tokens)
+        for each in list(self._books):
+            self.catch_up(each)
+
+
+@pytest.mark.parametrize("tenants", [1, 3, 300])
+def test_charges_that_counters_catch_up_with_later_are_as_good_as_charges_at_once(tenants: int) -> None:
+    rng = random.Random(tenants)
+    names = [f"t{i}" for i in range(tenants)]
+    worlds = [[WaitQueue(fairness) for _ in range(12)] for fairness in (Fairness(), Prompt())]
+    waiting: list[list[Ticket]] = [[] for _ in range(12)]
+    granted = 0
+    for number in range(4000):
+        at = min(rng.randrange(12), rng.randrange(12))  # the last lines are seldom looked at
+        tenant, latency_class = rng.choice(names), rng.choice(list(LatencyClass))
+        move = rng.random()
+        if move < 0.55:
+            ticket = Ticket(number, "m", latency_class, tenant)
+            tokens = rng.randrange(1, 100)
+            for queues in worlds:
+                queues[at].push(Waiting(ticket, number, float(number), number + 9.0, number + 500.0, tokens))
+            waiting[at].append(ticket)
+        elif move < 0.65 and waiting[at]:
+            ticket = waiting[at].pop(rng.randrange(len(waiting[at])))
+            assert [queues[at].remove(ticket) is not None for queues in worlds] == [True, True]
+        elif move < 0.8:
+            amount = rng.randrange(-200, 2000)
+            for queues in worlds:
+                queues[at].charge(tenant, latency_class, amount)
+        else:
+            room = rng.randrange(1, 200)
+            lazy, prompt = ([w.ticket for w in queues[at].take(Capacity(room), float(number))] for queues in worlds)
+            assert lazy == prompt
+            waiting[at] = [ticket for ticket in waiting[at] if ticket not in lazy]
+            granted += len(lazy)
+        if number % 50 == 0:
+            heads = [head.order if (head := queues[at].head()) is not None else None for queues in worlds]
+            assert heads[0] == heads[1]
+            counters = [[queues[at].charged(name, latency_class) for name in names] for queues in worlds]
+            assert counters[0] == counters[1]
+    assert granted > 1000
+
+
+def test_a_tenant_that_owes_more_than_one_charge_may_be_is_charged_all_of_it() -> None:
+    fairness = Fairness()
+    here, there = WaitQueue(fairness), WaitQueue(fairness)
+    for number, queue in enumerate((here, there)):
+        queue.push(Waiting(Ticket(number, "m", STANDARD, "a"), number, 0.0, 9.0, 99.0))
+    for _ in range(3):
+        here.charge("a", STANDARD, MOST_TOKENS)
+    assert there.charged("a", STANDARD) == 3 * MOST_TOKENS
 
 
 def test_the_seconds_of_a_load_are_charged_to_whoever_made_it_necessary_and_shared_by_those_who_use_it() -> None:
