@@ -94,6 +94,7 @@ class Subject(msgspec.Struct):
     process: subprocess.Popen[bytes]
     port: int
     admin_port: int = 0
+    folder: str = ""
 
     def tree(self) -> list[psutil.Process]:
         """The process and all below it."""
@@ -189,7 +190,7 @@ def vramp(config_text: str, core: set[int], *options: str) -> Iterator[Subject]:
         process = spawn(argv, folder, core, log)
         with stopping(process):
             wait_until_ready(process, port, log)
-            yield Subject(process, port, admin)
+            yield Subject(process, port, admin, folder)
 
 
 @contextlib.contextmanager

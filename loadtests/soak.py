@@ -5,7 +5,8 @@
 
 Four simulated models with room for two, so that loads and evictions never stop. Clients chat, stream, embed, send
 nonsense, ask for what does not exist, and leave: while they wait, before the first token, in mid-stream. At the end
-nothing may be in flight, no descriptor and no thread more than before, memory flat, and one more request must work.
+nothing may be in flight, no descriptor and no thread more than before, memory flat, one usage row for each request, and
+one more request must work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -75,6 +77,8 @@ class Figures(msgspec.Struct, frozen=True):
     last: Sample
     growth_bytes: float  # of memory in the second half, by least squares
     in_flight: int
+    rows: int  # of usage, each of another request
+    doubled_rows: int = 0
 
     def faults(self) -> list[str]:
         """What may not be, in words."""
@@ -85,6 +89,10 @@ class Figures(msgspec.Struct, frozen=True):
             found.append(f"descriptors: {self.first.descriptors} before, {self.last.descriptors} after")
         if self.last.threads > self.first.threads:
             found.append(f"threads: {self.first.threads} before, {self.last.threads} after")
+        requests = sum(self.outcomes.values())
+        unheard = self.outcomes.get("left", 0)  # some left before their request was there
+        if not requests - unheard <= self.rows <= requests or self.doubled_rows:
+            found.append(f"{self.rows} usage rows of {requests} requests, {self.doubled_rows} doubled")
         if self.in_flight:
             found.append(f"{self.in_flight} requests never ended")
         return found
@@ -194,7 +202,7 @@ async def soak(subject: bench.Subject, seconds: float, say: Say) -> Figures:
     url, began = f"http://127.0.0.1:{subject.port}", time.monotonic()
     key = {"Authorization": "Bearer sk-soak"}
     async with aiohttp.ClientSession(headers=key, connector=aiohttp.TCPConnector(limit=0)) as session:
-        one = Client(session, url, 0, Counter())
+        one = Client(session, url, 0, outcomes)
         for _ in range(20):
             await one.chat()
         await asyncio.sleep(1.0)
@@ -211,7 +219,14 @@ async def soak(subject: bench.Subject, seconds: float, say: Say) -> Figures:
         left = await in_flight(session, f"http://127.0.0.1:{subject.admin_port}")
         await Client(session, url, 0, outcomes).chat()
     await asyncio.sleep(1.0)
-    return Figures(dict(outcomes), first, look(subject, began), growth(samples), left)
+    ids = usage_ids(Path(subject.folder, ".state", "usage.jsonl"))
+    rows = len(set(ids))
+    return Figures(dict(outcomes), first, look(subject, began), growth(samples), left, rows, len(ids) - rows)
+
+
+def usage_ids(file: Path) -> list[str]:
+    """The request of each row."""
+    return [str(json.loads(line)["request_id"]) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def report(figures: Figures) -> str:
@@ -222,7 +237,8 @@ def report(figures: Figures) -> str:
         + ", ".join(f"{count} {what}" for what, count in sorted(figures.outcomes.items())),
         f"RSS {first.rss_bytes / 1e6:.1f} MB before, {last.rss_bytes / 1e6:.1f} MB after, "
         f"{figures.growth_bytes / 1e6:+.2f} MB in the second half; descriptors {first.descriptors} and "
-        f"{last.descriptors}; threads {first.threads} and {last.threads}; {figures.in_flight} in flight",
+        f"{last.descriptors}; threads {first.threads} and {last.threads}; {figures.in_flight} in flight; "
+        f"{figures.rows} usage rows",
     ]
     return "\n".join([*lines, *(f"FAULT: {fault}" for fault in figures.faults())])
 

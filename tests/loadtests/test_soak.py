@@ -27,17 +27,19 @@ def test_growth_is_that_of_the_second_half() -> None:
 
 
 def test_a_quiet_end_is_no_fault() -> None:
-    assert Figures({"chat": 5}, BEFORE, BEFORE, 0.0, 0).faults() == []
+    assert Figures({"chat": 5, "left": 2}, BEFORE, BEFORE, 0.0, 0, 6).faults() == []
 
 
 @pytest.mark.parametrize(
     ("figures", "says"),
     [
-        (Figures({"wrong: chat: 500": 1}, BEFORE, BEFORE, 0.0, 0), "1 x wrong: chat: 500"),
-        (Figures({}, BEFORE, BEFORE, GROWTH_BYTES + 1.0, 0), "memory grew"),
-        (Figures({}, BEFORE, Sample(9.0, 1, 31 + SPARE_DESCRIPTORS, 9), 0.0, 0), "descriptors: 30 before, 39 after"),
-        (Figures({}, BEFORE, Sample(9.0, 1, 30, 10), 0.0, 0), "threads: 9 before, 10 after"),
-        (Figures({}, BEFORE, BEFORE, 0.0, 2), "2 requests never ended"),
+        (Figures({"wrong: chat: 500": 1}, BEFORE, BEFORE, 0.0, 0, 1), "1 x wrong: chat: 500"),
+        (Figures({}, BEFORE, BEFORE, GROWTH_BYTES + 1.0, 0, 0), "memory grew"),
+        (Figures({}, BEFORE, Sample(9.0, 1, 31 + SPARE_DESCRIPTORS, 9), 0.0, 0, 0), "descriptors: 30 before, 39 after"),
+        (Figures({}, BEFORE, Sample(9.0, 1, 30, 10), 0.0, 0, 0), "threads: 9 before, 10 after"),
+        (Figures({"chat": 5}, BEFORE, BEFORE, 0.0, 0, 4), "4 usage rows of 5 requests"),
+        (Figures({"chat": 5}, BEFORE, BEFORE, 0.0, 0, 5, 1), "1 doubled"),
+        (Figures({}, BEFORE, BEFORE, 0.0, 2, 0), "2 requests never ended"),
     ],
 )
 def test_every_kind_of_leak_is_a_fault(figures: Figures, says: str) -> None:
