@@ -8,6 +8,7 @@ block, and the client is told.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -142,7 +143,8 @@ class Journey:
         decision = self._state.router.decide(call)
         note_call(self._outcome, call)
         if self._tried is None:  # else the fast lane admitted it
-            self._state.limits.admit(self._outcome, call, self._watch.now())
+            # not by the loop's clock: it lags the fast lane's, and a call withdrawn there would meet its own trace
+            self._state.limits.admit(self._outcome, call, time.monotonic())
         relay = Relay(call, self._answer, self._outcome, self._watch, self._state.config.timeouts)
         failed: AttemptFailed | None = None
         for candidate in decision.candidates:

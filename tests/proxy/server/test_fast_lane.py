@@ -260,7 +260,10 @@ async def test_a_connection_is_asked_for_its_key_again_when_it_sends_another_or_
 )
 async def test_an_ordinary_call_stays_in_the_fast_lane(fast: Proxy, handed_over: list[bytes], name: str) -> None:
     fast.upstream.behave = fast.remote.behave = CALLS[name][0]
-    await answer_to(fast, CALLS[name][1])
+    for limits in (LimitsConfig(), LimitsConfig(requests_per_minute=9, tokens_per_minute=9000, concurrency=1)):
+        fast.configure(limits=limits)
+        await answer_to(fast, CALLS[name][1])
+        await fast.settled()
     assert handed_over == []
 
 

@@ -103,6 +103,21 @@ async def test_another_candidate_is_not_another_request(proxy: Proxy) -> None:
     await proxy.still_works()
 
 
+async def test_a_call_that_waits_is_counted_once(proxy: Proxy) -> None:
+    """The fast lane, which does not wait, withdraws what it admitted before the ordinary one admits it."""
+    proxy.configure(limits=LIMITED)
+    proxy.scheduler.base_url = None
+    asking = asyncio.create_task(proxy.chat())
+    await proxy.scheduler.submitted.wait()
+    assert proxy.counters.meter("key local").in_use == 1
+    refused = await proxy.chat()
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    proxy.scheduler.waiting[0].grant(proxy.upstream.base_url)
+    response = await asking
+    assert (response.status, response.headers["x-ratelimit-remaining-requests"]) == (200, "59")
+    await proxy.still_works()
+
+
 async def left_while_queued(proxy: Proxy) -> None:
     proxy.scheduler.base_url = None
     _, writer = await connect(proxy, streaming=False)
