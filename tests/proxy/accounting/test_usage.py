@@ -4,10 +4,11 @@ from pathlib import Path
 
 import orjson
 import pytest
-from prometheus_client import CollectorRegistry
 
 from proxy.accounting import usage
 from proxy.accounting.usage import Row, UsageLog, row_of
+from proxy.observe import lines
+from proxy.observe.metrics import Metrics
 from proxy.observe.outcome import Outcome
 
 
@@ -44,18 +45,20 @@ async def test_off_is_off() -> None:
     log.write(outcome())
     log.reopen()
     assert not log.full
-    assert list(log.collect()) == []
+    assert log.rows() is None
     await log.close()
 
 
 async def test_a_scrape_says_how_rows_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry, log = CollectorRegistry(), UsageLog(str(tmp_path / "usage.jsonl"))
-    registry.register(log)
-    assert registry.get_sample_value("vramp_usage_rows_pending") == 0
-    assert registry.get_sample_value("vramp_usage_rows_dropped_total") == 0
+    monkeypatch.setattr(lines, "FLUSH_S", 60.0)  # or until it is closed
+    metrics, log = Metrics(), UsageLog(str(tmp_path / "usage.jsonl"))
+    metrics.usage_rows = log.rows
+    names = ("vramp_usage_rows_pending", "vramp_usage_write_failures_total", "vramp_usage_rows_dropped_total")
+    assert [metrics.registry.get_sample_value(name) for name in names] == [0, 0, 0]
     log.write(outcome())
     monkeypatch.setattr(usage, "MOST_PENDING", 1)
     assert log.full
+    assert metrics.registry.get_sample_value(names[0]) == 1
     await log.close()
     assert not log.full
-    assert registry.get_sample_value("vramp_usage_write_failures_total") == 0
+    assert [metrics.registry.get_sample_value(name) for name in names] == [0, 0, 0]
