@@ -1,2 +1,1 @@
-# The native twin has the names, types and meaning of the pure one.
-from ext._body_scan_py import scan as scan
+from ext._body_scan_py import read_answer as read_answer

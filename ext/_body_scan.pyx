@@ -7,6 +7,7 @@ long string.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.string cimport memcmp
 from libcpp.string cimport string
 
@@ -41,6 +42,7 @@ ctypedef const unsigned char* Text
 
 cdef enum:
     MOST_DEPTH = 1024
+    MOST_ANSWER_DEPTH = 128
     MOST_COPIED = 4096  # a value of ours longer than this is left to the whole decoder
 
 cdef enum Kind:
@@ -234,6 +236,23 @@ cdef Text _value(Text p, Text end, int most, Kind* kind) noexcept nogil:
     return _scalar(p, end)
 
 
+cdef inline Text _member(Text p, Text end, Text* key, Py_ssize_t* size) noexcept nogil:
+    """From a member of an object to its value; NULL where it is none, or its key is written with escapes."""
+    cdef bint escaped = False, coded = False
+    if p == end or p[0] != 34:
+        return NULL
+    key[0] = p + 1
+    p = _string(p, end, &escaped, &coded)
+    if p == NULL or escaped:
+        return NULL
+    size[0] = p - 1 - key[0]
+    p = _blanks(p, end)
+    if p == end or p[0] != 58:
+        return NULL
+    p = _blanks(p + 1, end)
+    return p if p < end else NULL
+
+
 cdef enum:
     UNWANTED = 0
     WANTED = 1
@@ -272,8 +291,7 @@ cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
 cdef bint scan_into(Text first, Py_ssize_t size, int most, string* short_form, Places* places) noexcept:
     """Fill in both, which the caller keeps; False for what is not ordinary."""
     cdef Text end = first + size, p, key, value
-    cdef Py_ssize_t key_size
-    cdef bint escaped, coded = False
+    cdef Py_ssize_t key_size = 0
     cdef int rank, at
     cdef Kind kind = BAD
     short_form.clear()
@@ -285,20 +303,8 @@ cdef bint scan_into(Text first, Py_ssize_t size, int most, string* short_form, P
     for at in range(SPLICED_MEMBERS):
         places.end[at] = 0
     while True:
-        p = _blanks(p, end)
-        if p == end or p[0] != 34:
-            return False
-        key = p + 1
-        escaped = False
-        p = _string(p, end, &escaped, &coded)
-        if p == NULL or escaped:
-            return False
-        key_size = p - 1 - key
-        p = _blanks(p, end)
-        if p == end or p[0] != 58:
-            return False
-        value = _blanks(p + 1, end)
-        if value == end:
+        value = _member(_blanks(p, end), end, &key, &key_size)
+        if value == NULL:
             return False
         p = _value(value, end, most, &kind)
         if p == NULL:
@@ -362,3 +368,176 @@ def scan(body not None, int max_depth):
     if not scan_into(first, size, max_depth, &short_form, &places):
         return None
     return PyBytes_FromStringAndSize(short_form.data(), short_form.size()), spans_of(&places)
+
+
+# ---- answers
+
+cdef enum:
+    PROMPT, INPUT, COMPLETION, OUTPUT, CACHE_READ, CACHED, COUNTS
+
+cdef struct Said:
+    long long count[COUNTS]  # -1: not said
+    Text reason  # NULL: not said
+    Py_ssize_t reason_size
+
+# What the members are of an answer, of one of its choices, of its usage, of that one's details. Each at most once.
+cdef enum Part:
+    ANSWER, CHOICE, USAGE, DETAILS
+
+
+cdef Text _number_said(Text p, Text end, long long* count) noexcept nogil:
+    """Past a count or null; NULL for all other values."""
+    cdef Text digit = p
+    if p[0] == 110:
+        return _word(p, end, b"null", 4)
+    p = _number(p, end)
+    if p == NULL or p - digit > 15:
+        return NULL
+    count[0] = 0
+    while digit < p:
+        if not 48 <= digit[0] <= 57:
+            return NULL
+        count[0] = count[0] * 10 + digit[0] - 48
+        digit += 1
+    return p
+
+
+cdef Text _reason_said(Text p, Text end, Said* said) noexcept nogil:
+    """Past a text without escapes, not empty, or null; NULL for all other values."""
+    cdef bint escaped = False, coded = False
+    cdef Text text = p + 1
+    if p[0] == 110:
+        return _word(p, end, b"null", 4)
+    if p[0] != 34:
+        return NULL
+    p = _string(p, end, &escaped, &coded)
+    if p == NULL or escaped or p - 1 == text:
+        return NULL
+    said.reason, said.reason_size = text, p - 1 - text
+    return p
+
+
+cdef Text _choices_said(Text p, Text end, Said* said) noexcept nogil:
+    """Past an array of choices, of which the first is noted, or null; NULL for all other values."""
+    cdef Said first, other
+    cdef bint begun = False
+    if p[0] == 110:
+        return _word(p, end, b"null", 4)
+    if p[0] != 91:
+        return NULL
+    p = _blanks(p + 1, end)
+    if p < end and p[0] == 93:
+        return p + 1
+    first.reason = NULL
+    while p < end:
+        other.reason = NULL
+        p = _object_said(p, end, CHOICE, &other if begun else &first)
+        begun = True
+        if p == NULL:
+            return NULL
+        p = _blanks(p, end)
+        if p < end and p[0] == 93:
+            if said.reason == NULL:  # else the answer itself said why it stopped
+                said.reason, said.reason_size = first.reason, first.reason_size
+            return p + 1
+        if p == end or p[0] != 44:
+            return NULL
+        p = _blanks(p + 1, end)
+    return NULL
+
+
+cdef int _member_said(Text key, Py_ssize_t size, Part part) noexcept nogil:
+    """Which member of this part it is: a count, or from COUNTS on another one that is read; -1 for the rest."""
+    if part == ANSWER:
+        if _is(key, size, b"usage", 5):
+            return COUNTS
+        if _is(key, size, b"choices", 7):
+            return COUNTS + 1
+        return COUNTS + 2 if _is(key, size, b"stop_reason", 11) else -1
+    if part == CHOICE:
+        return COUNTS + 2 if _is(key, size, b"finish_reason", 13) else -1
+    if part == DETAILS:
+        return CACHED if _is(key, size, b"cached_tokens", 13) else -1
+    if _is(key, size, b"prompt_tokens", 13):
+        return PROMPT
+    if _is(key, size, b"completion_tokens", 17):
+        return COMPLETION
+    if _is(key, size, b"input_tokens", 12):
+        return INPUT
+    if _is(key, size, b"output_tokens", 13):
+        return OUTPUT
+    if _is(key, size, b"cache_read_input_tokens", 23):
+        return CACHE_READ
+    if _is(key, size, b"prompt_tokens_details", 21) or _is(key, size, b"input_tokens_details", 20):
+        return COUNTS + 3
+    return -1
+
+
+cdef Text _object_said(Text p, Text end, Part part, Said* said) noexcept nogil:
+    """Past an object, with what it says noted; NULL where it is none, or says a thing twice or oddly."""
+    cdef Text key = NULL
+    cdef Py_ssize_t size = 0
+    cdef Kind kind = BAD
+    cdef int which
+    cdef unsigned seen = 0
+    if p[0] != 123:
+        return NULL
+    p = _blanks(p + 1, end)
+    if p < end and p[0] == 125:
+        return p + 1
+    while True:
+        p = _member(p, end, &key, &size)
+        if p == NULL:
+            return NULL
+        which = _member_said(key, size, part)
+        if which >= 0:
+            if (seen >> which) & 1:
+                return NULL
+            seen |= 1u << which
+        if which < 0:
+            p = _value(p, end, MOST_ANSWER_DEPTH, &kind)
+        elif which < COUNTS:
+            p = _number_said(p, end, &said.count[which])
+        elif which == COUNTS + 1:
+            p = _choices_said(p, end, said)
+        elif which == COUNTS + 2:
+            p = _reason_said(p, end, said)
+        elif p[0] == 110:
+            p = _word(p, end, b"null", 4)
+        else:
+            p = _object_said(p, end, USAGE if which == COUNTS else DETAILS, said)
+        if p == NULL:
+            return NULL
+        p = _blanks(p, end)
+        if p < end and p[0] == 125:
+            return p + 1
+        if p == end or p[0] != 44:
+            return NULL
+        p = _blanks(p + 1, end)
+
+
+cdef inline object _said_first(long long one, long long two):
+    return one if one >= 0 else two if two >= 0 else None
+
+
+def read_answer(bytes body not None):
+    """See the pure twin."""
+    cdef Text p = <Text>PyBytes_AS_STRING(body)
+    cdef Text end = p + PyBytes_GET_SIZE(body)
+    cdef Said said
+    cdef int i
+    for i in range(COUNTS):
+        said.count[i] = -1
+    said.reason = NULL
+    p = _blanks(p, end)
+    if p == end:
+        return None
+    p = _object_said(p, end, ANSWER, &said)
+    if p == NULL or _blanks(p, end) != end:
+        return None
+    return (
+        _said_first(said.count[PROMPT], said.count[INPUT]),
+        _said_first(said.count[CACHED], said.count[CACHE_READ]),
+        _said_first(said.count[COMPLETION], said.count[OUTPUT]),
+        None if said.reason == NULL else PyUnicode_DecodeUTF8(<const char*>said.reason, said.reason_size, NULL),
+    )

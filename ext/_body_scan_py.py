@@ -1,4 +1,4 @@
-"""The body scan: what deciding needs of a JSON body, found in one pass over bytes that stay where they are.
+"""The body scan: what is needed of a JSON body, found in one pass over bytes that stay where they are.
 
 `scan` answers a *short form* of the body, and where the members lie that may be spliced. The short form is JSON that
 says of the members we know what the body says, and nothing else: the others are left out, an array is `[]` and a text
@@ -9,14 +9,17 @@ bytes instead of a hundred thousand.
 is empty, writes a key of the top level with escapes, or gives a spliced member twice. Then whoever asked decodes the
 whole body, and finds out what is wrong with it or that nothing is.
 
+`read_answer` is for answers: what one says of itself. It answers None likewise.
+
 In pure Python nothing beats decoding the whole body with a decoder written in C, so this twin always says that.
-Callers that behave alike with both twins are the specification (`proxy.dialects.decode`).
+Callers that behave alike with both twins are the specification (`proxy.dialects.decode`, `proxy.server.record`).
 """
 
 from __future__ import annotations
 
 Span = tuple[int, int]
 Spans = dict[str, Span]
+Said = tuple[int | None, int | None, int | None, str | None]
 
 
 def scan(body: bytes | memoryview, max_depth: int) -> tuple[bytes, Spans] | None:
@@ -24,4 +27,9 @@ def scan(body: bytes | memoryview, max_depth: int) -> tuple[bytes, Spans] | None
 
     Costs about a memory scan of the body. `max_depth` counts the object itself.
     """
+    return None
+
+
+def read_answer(body: bytes) -> Said | None:
+    """(prompt tokens, cached tokens, output tokens, why it ended) of a whole answer, each None where it is not said."""
     return None

@@ -10,7 +10,7 @@ import importlib
 import os
 from types import ModuleType
 
-NAMES = ("weighted_semaphore", "fair_queue", "backlog", "sse", "rate_counters", "body_scan", "relay")
+NAMES = ("weighted_semaphore", "fair_queue", "backlog", "sse", "rate_counters", "body_scan", "json_lines", "relay")
 
 
 def _choose(name: str) -> tuple[ModuleType, str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ext._body_scan_py import Span, Spans
+from ext._body_scan_py import Said, Span, Spans
 
 if TYPE_CHECKING:
-    from ext._body_scan_py import scan
+    from ext._body_scan_py import read_answer, scan
 else:
     from ext import backend
 
-    scan = backend.module("body_scan").scan
+    _chosen = backend.module("body_scan")
+    read_answer = _chosen.read_answer
+    scan = _chosen.scan
 
-__all__ = ["Span", "Spans", "scan"]
+__all__ = ["Said", "Span", "Spans", "read_answer", "scan"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import attrgetter
 
-import orjson
-
+from ext.json_lines import line
 from proxy.observe.lines import LineWriter
 from proxy.observe.outcome import Outcome
 
 MOST_PENDING = 20_000
-UNWRITTEN = frozenset({"started_s", "rate_limits", "grant"})
+_WRITTEN = tuple(each for each in Outcome.__struct_fields__ if each not in ("started_s", "rate_limits", "grant"))
+_NAMES = ("time", *_WRITTEN)
+_values = attrgetter(*_WRITTEN)
 
 
 class AccessLog:
@@ -38,10 +39,4 @@ class AccessLog:
 
 def line_of(at: float, outcome: Outcome) -> bytes:
     """What is known of a request that ended `at` this wall-clock time."""
-    fields: dict[str, Any] = {"time": round(at, 3)}
-    for name in outcome.__struct_fields__:
-        value = getattr(outcome, name)
-        if name in UNWRITTEN or value is None or value == "":
-            continue
-        fields[name] = round(value, 4) if isinstance(value, float) else value
-    return orjson.dumps(fields) + b"\n"
+    return line(_NAMES, (round(at, 3), *_values(outcome)), sparse=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ext.body_scan import read_answer
 from ext.sse import EventScanner
 from proxy.dialects.call import Call, Dialect
 from proxy.dialects.endpoints import WITH_STREAM_OPTIONS
@@ -98,6 +99,11 @@ def record_stream(outcome: Outcome, scanner: EventScanner) -> None:
 
 def record_body(outcome: Outcome, body: bytes) -> None:
     """Take what a plain answer says, or the end of one that was too large to hold. Never raises."""
+    said = read_answer(body)
+    if said is not None:
+        prompt, cached, output, outcome.finish_reason = said
+        _note(outcome, prompt, cached, output)
+        return
     try:
         read = _body.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -118,22 +124,29 @@ def _record_usage(outcome: Outcome, raw: bytes) -> None:
 
 
 def _take(outcome: Outcome, usage: Usage) -> None:
-    outcome.prompt_tokens = _first(usage.prompt_tokens, usage.input_tokens, outcome.prompt_tokens)
-    outcome.output_tokens = _first(usage.completion_tokens, usage.output_tokens, outcome.output_tokens)
     details = usage.prompt_tokens_details or usage.input_tokens_details
     cached = details.cached_tokens if details else None
-    outcome.cached_tokens = _first(cached, usage.cache_read_input_tokens, outcome.cached_tokens)
+    _note(
+        outcome,
+        usage.input_tokens if usage.prompt_tokens is None else usage.prompt_tokens,
+        usage.cache_read_input_tokens if cached is None else cached,
+        usage.output_tokens if usage.completion_tokens is None else usage.completion_tokens,
+    )
 
 
-def _first(one: int | None, two: int | None, three: int | None) -> int | None:
-    if one is not None:
-        return one
-    return three if two is None else two
+def _note(outcome: Outcome, prompt: int | None, cached: int | None, output: int | None) -> None:
+    """What is not said leaves what was said before."""
+    if prompt is not None:
+        outcome.prompt_tokens = prompt
+    if cached is not None:
+        outcome.cached_tokens = cached
+    if output is not None:
+        outcome.output_tokens = output
 
 
 def is_like_json(body: bytes) -> bool:
     """Whether it begins as every answer does. A parse would cost more, and refuse the NaN that engines write."""
-    return body.lstrip()[:1] in (b"{", b"[")
+    return body.startswith((b"{", b"[")) or body.lstrip().startswith((b"{", b"["))
 
 
 def check_body(call: Call, headers: Mapping[str, str], body: bytes) -> None:

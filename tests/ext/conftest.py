@@ -16,6 +16,7 @@ CLASSES = {
     "sse": ("EventScanner",),
     "rate_counters": ("RateCounters",),
     "body_scan": (),
+    "json_lines": (),
     "relay": (),
 }
 
@@ -30,7 +31,7 @@ settings.load_profile("ext")
 def load(kind: str) -> SimpleNamespace:
     """All public classes of one kind of twin; fails, never skips, where the native modules were not built."""
     suffix = "_py" if kind == "pure" else ""
-    twins = SimpleNamespace(kind=kind)
+    twins = SimpleNamespace(kind=kind, module=lambda name: importlib.import_module(f"ext._{name}{suffix}"))
     for name, classes in CLASSES.items():
         module = importlib.import_module(f"ext._{name}{suffix}")
         for each in classes:

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ext._body_scan import scan
+from ext._body_scan import read_answer, scan
 from ext._body_scan_py import scan as pure_scan
 from proxy.dialects import decode as decoding
 from proxy.dialects.call import Call
 from proxy.dialects.endpoints import ENDPOINTS
 from proxy.dialects.splice import splice, value_span
 from proxy.errors import InvalidRequest
+from proxy.observe.outcome import Outcome
+from proxy.server import record
 
 pytestmark = pytest.mark.native
 
@@ -125,3 +127,68 @@ def test_the_short_form_stays_short() -> None:
     assert scanned is not None
     assert scanned[0] == b'{"messages":[],"model":"m","input":""}'
     assert scan(json.dumps({"model": "m" * 5000}).encode(), 256) is None
+
+
+COUNTS = st.none() | st.integers(0, 2**40) | st.sampled_from([-1, 1.0, 1e3, "5", True])
+DETAILS = st.none() | st.fixed_dictionaries({}, optional={"cached_tokens": COUNTS, "audio_tokens": COUNTS}) | VALUES
+USAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), COUNTS),
+        "cache_read_input_tokens": COUNTS,
+        "prompt_tokens_details": DETAILS,
+        "input_tokens_details": DETAILS,
+        "total_tokens": VALUES,
+    },
+)
+REASONS = st.none() | st.sampled_from(["stop", "length", "", "größer", 'a"b', 5])
+CHOICES = st.lists(st.fixed_dictionaries({}, optional={"finish_reason": REASONS, "message": VALUES}), max_size=3)
+ANSWERS = st.builds(
+    lambda fields, ascii_, indent: json.dumps(fields, ensure_ascii=ascii_, indent=indent).encode("utf-8", "replace"),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "id": st.just('"usage":{"prompt_tokens":1}'),
+            "choices": CHOICES | st.none() | VALUES,
+            "usage": USAGE | st.none() | VALUES,
+            "stop_reason": REASONS,
+        },
+    ),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+)
+
+
+def recorded(body: bytes, *, natively: bool) -> Outcome:
+    outcome = Outcome("r", "POST", "/", 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "read_answer", read_answer if natively else lambda _: None)
+        record.record_body(outcome, body)
+    return outcome
+
+
+@given(body=ANSWERS, cut=st.integers(0, 400), new=st.binary(max_size=3), whole=st.booleans())
+def test_an_answer_is_recorded_alike_by_reading_and_by_decoding(body: bytes, cut: int, new: bytes, whole: bool) -> None:
+    if not whole:
+        body = body[: cut % (len(body) + 1)] + new + body[cut % (len(body) + 1) + 1 :]
+    assert recorded(body, natively=True) == recorded(body, natively=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"choices":[{"finish_reason":"stop","x":[1]},{}],"usage":{"prompt_tokens":7,"completion_tokens":2,'
+         b'"prompt_tokens_details":{"cached_tokens":0}}}', (7, 0, 2, "stop")),
+        (b'{"stop_reason":"end_turn","usage":{"input_tokens":1,"output_tokens":2,"cache_read_input_tokens":3}}',
+         (1, 3, 2, "end_turn")),
+        (b' {"usage":null,"choices":null} ', (None, None, None, None)),
+        (b'{"usage":{"prompt_tokens":1},"usage":{"prompt_tokens":2}}', None),
+        (b'{"usa\\u0067e":{"prompt_tokens":1}}', None),
+        (b'{"usage":{"prompt_tokens":1.0}}', None),
+        (b'{"usage":{"prompt_tokens":1}', None),
+        (b"[]", None),
+        (b"", None),
+    ],
+)  # fmt: skip
+def test_what_an_ordinary_answer_says_is_read_without_decoding(body: bytes, said: Any) -> None:
+    assert read_answer(body) == said
