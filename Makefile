@@ -32,8 +32,9 @@ test-fast:  ## tests that need no engine
 check:  ## ruff, mypy, cython-lint, architecture
 	@python3 scripts/setup.py --engine none --dev && $(PY) scripts/check.py
 
-bench: dev  ## CPU per request and per chunk, printed
+bench: dev  ## CPU per request, per chunk and per event of the scheduler, printed
 	@$(PY) -m loadtests.bench
+	@$(PY) -m loadtests.bench_core
 
 bench-ext: dev  ## native extensions against their Python twins, printed
 	@$(PY) loadtests/bench_ext.py

@@ -1,6 +1,6 @@
 """CPU of the scheduler's core: the hot pair, and events with many models and many waiting tickets.
 
-    python loadtests/bench_core.py
+    python -m loadtests.bench_core
 
 Prints; asserts nothing. Times are the best of several runs: noise only ever adds.
 """

@@ -45,7 +45,7 @@ class Lifecycle:
         if model is None or model.engine is None or model.state not in (Residency.LOADING, Residency.WAKING):
             return []
         self._placement.start_over(model.engine)
-        model.seconds_to_load = event.load_seconds
+        model.took(event.load_seconds)
         _charge_load(model, event.load_seconds)
         if model.state is Residency.WAKING or self._placement.may_sleep(model):
             return [Probe(event.engine_id)]

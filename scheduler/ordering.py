@@ -178,8 +178,9 @@ def overdue(scene: Scene) -> Choice | None:
     """
     first, since = None, scene.now
     for model in scene.wanted:
-        if len(model.queue) and model.queue.overdue_since() < since:
-            first, since = model, model.queue.overdue_since()
+        overdue_since = model.queue.overdue_since()
+        if overdue_since < since:
+            first, since = model, overdue_since
     if first is None:
         return None
     before = frozenset(

@@ -87,8 +87,8 @@ class ModelState:
     __slots__ = (
         "_place", "_wanted", "_wanted_order", "booked_bytes", "cause", "demand", "engine", "failures", "last_asked_s",
         "last_error", "last_used_s", "load_s", "load_started_s", "loads", "note", "output", "pace", "progress", "queue",
-        "ran_out", "removed", "retry_at_s", "shares", "sleepless", "sleepless_times", "spec", "state", "stop_cause",
-        "ttl_armed", "wake_s",
+        "ran_out", "removed", "retry_at_s", "seconds_to_load", "shares", "sleepless", "sleepless_times", "spec",
+        "state", "stop_cause", "ttl_armed", "wake_s",
     )  # fmt: skip
 
     def __init__(self, spec: ModelSpec, fairness: Fairness | None = None, wanted: Wanted | None = None) -> None:
@@ -109,6 +109,7 @@ class ModelState:
         self.load_started_s = 0.0
         self.load_s = spec.load_estimate_s
         self.wake_s = spec.load_estimate_s / WAKE_SOONER
+        self.seconds_to_load = self.load_s  # until it is ready from where it is: a load, or a wake
         self.booked_bytes = spec.memory_bytes  # on each device: stated, estimated or learned
         self.ran_out = False  # its last start ended for want of memory, and is tried once more
         self.sleepless = False  # its last sleep or wake failed: it is stopped instead, for a while
@@ -130,6 +131,7 @@ class ModelState:
     def move(self, target: Residency) -> None:
         """Change the state, if the table allows it."""
         self.state = move(self.state, target)
+        self.seconds_to_load = self.wake_s if target in (Residency.ASLEEP, Residency.WAKING) else self.load_s
         self.changed()
 
     def changed(self) -> None:
@@ -184,17 +186,13 @@ class ModelState:
         first = min(self.queue.heads(), key=lambda waiting: waiting.order, default=None)
         return None if first is None else first.ticket
 
-    @property
-    def seconds_to_load(self) -> float:
-        """How long it takes to be ready from where it is: a wake, or a load. Setting it is learning it."""
-        return self.wake_s if self.state in (Residency.ASLEEP, Residency.WAKING) else self.load_s
-
-    @seconds_to_load.setter
-    def seconds_to_load(self, seconds: float) -> None:
-        if self.state in (Residency.ASLEEP, Residency.WAKING):
+    def took(self, seconds: float) -> None:
+        """The load, or the wake, that has ended took so long; the next is expected to."""
+        if self.state is Residency.WAKING:
             self.wake_s = seconds
         else:
             self.load_s = seconds
+        self.seconds_to_load = seconds
 
     @property
     def need_bytes(self) -> int:
