@@ -3,8 +3,8 @@
 """The native twin of `_backlog_py.py`, which is its specification: the same sums in the same order, so the same answers
 to the last bit.
 
-The moments are in one sorted vector, first to last; those before `_first` have left. Most leave at the front and come at
-the back, so little is moved. Refused: a tree, which costs more than it saves below some 100,000 tickets.
+The moments are in one sorted vector, first to last; those before `_first` have left. Most leave at the front and come
+at the back, so little is moved. Refused: a tree, which costs more than it saves below some 100,000 tickets.
 """
 
 from libcpp.algorithm cimport lower_bound, upper_bound

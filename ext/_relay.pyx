@@ -1544,6 +1544,9 @@ cdef class Relay:
         """Accept nothing more; what is in the listen queue stays there."""
         for conn in list(self._open_conns):
             if isinstance(conn, Listener):
+                # Closing takes a descriptor out of epoll only when nobody else has the socket, and here others do: it
+                # would go on telling us of connections for a listener that is no more.
+                (<Conn>conn)._watch(0)
                 (<Conn>conn)._drop(True)
         self._grave.clear()
 

@@ -44,15 +44,18 @@ from proxy.config_watch import LOOK_S, Watch
 from proxy.observe.engine_metrics import EngineScraper
 from proxy.observe.metrics import Metrics
 from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
+from proxy.orders import Order, Orders
 from proxy.server.serving import Front, Serving
+from proxy.upgrade import Upgrade
 from proxy.workers.pool import Workers
 from scheduler.core import Core
 from scheduler.driver import Scheduler
 from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
-from scheduler.engines.supervisor import Supervisor
-from scheduler.events import ConfigChanged, LoadAsked
+from scheduler.engines.supervisor import Handle, Supervisor
+from scheduler.events import ConfigChanged, EngineReady, LoadAsked
 from scheduler.footprint_file import FootprintFile
 from scheduler.footprints import Footprints
+from scheduler.handover import Guests, HandedEngine
 from scheduler.record import Opening, RecordedCore, Recorder, free_path
 
 log = logging.getLogger("vramp")
@@ -63,7 +66,7 @@ REFUSED = 2  # the keeper does not start us again: this configuration cannot be 
 
 
 class App:
-    """A serving proxy. `run` returns when it was asked to stop and has drained."""
+    """A serving proxy. `run` returns when it was told to end and has finished what was in flight."""
 
     def __init__(
         self, start: Start, loaded: Loaded, secrets: ResolvedSecrets, link: KeeperLink, listeners: Listeners
@@ -76,8 +79,9 @@ class App:
         self._link = link
         self._began_s = time.monotonic()
         self._recorder: Recorder | None = None
-        self._stop = asyncio.Event()
-        self._reload = asyncio.Event()
+        self._orders = Orders()
+        self._guests = Guests(link.peer)
+        self._stopping_unwanted: set[asyncio.Task[None]] = set()
         self._watch = Watch(_files(loaded))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
@@ -91,7 +95,9 @@ class App:
         self._scheduler_metrics = SchedulerMetrics(self._metrics.registry)
 
     async def run(self) -> None:
-        """Serve until SIGTERM, then drain."""
+        """Serve until SIGTERM, then drain; or until another proxy has taken over, then finish."""
+        handed = await self._handed_over()
+        self.on_signals()
         adoptable = await self._supervisor.adopt()
         footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
         engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
@@ -107,22 +113,30 @@ class App:
         )
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
-        await self._take_over(adoptable)
+        await self._take_over(adoptable, handed)
+        self._guests.serve(self._scheduler)
         self._front = self._serving()
         await self._front.start(self._listeners.get("http", []))
-        runner = await self._admin(self._listeners.get("admin", []))
+        self._runner = await self._admin(self._listeners.get("admin", []))
         measuring = asyncio.create_task(self._scheduler.run())
         watching = asyncio.create_task(self._watch_files())
+        upgrade = Upgrade(
+            self._link, self._scheduler, self._front.stop_accepting, lambda: self._orders.give(Order.LEAVE)
+        )
         await self._announce()
         try:
-            await self._until_stopped()
-            await self._front.drain(self._config.server.drain_s)
+            if await self._until_told() is Order.LEAVE:
+                await self._finish()
+            else:
+                await self._front.drain(self._config.server.drain_s)
         finally:
-            for task in (measuring, watching):
+            upgrade.close()
+            tasks = (measuring, watching, *self._stopping_unwanted)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(measuring, watching, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._front.close()
-            await runner.cleanup()
+            await self._runner.cleanup()
             await self._close()
 
     # ------------------------------------------------------------------ joints
@@ -172,19 +186,44 @@ class App:
             await web.SockSite(runner, sock.dup()).start()
         return runner
 
-    async def _take_over(self, adoptable: Sequence[Any]) -> None:
-        """Engines that outlived an earlier proxy and still answer go on; the others are stopped."""
+    async def _take_over(self, adoptable: Sequence[Handle], handed: Mapping[str, HandedEngine]) -> None:
+        """Engines of the proxy before us go on, as it handed them over or if they still answer; others are stopped."""
         launches = {local.spec.name: local.launch for local in self._locals}
         for handle in adoptable:
-            launch = launches.get(handle.model)
-            alive = launch is not None and await self._answers(launch.kind, handle.base_url)
-            if alive:
+            launch, known = launches.get(handle.model), handed.get(handle.engine_id)
+            if launch is None:
+                self._stop_unwanted(handle)
+            elif known is not None or await self._answers(launch.kind, handle.base_url):
                 log.info("took over %s", handle.engine_id)
-                self._scheduler.adopt(
-                    handle.engine_id, handle.model, handle.device, handle.base_url, handle.revision, handle.partners
-                )
+                self._adopt(handle, known or HandedEngine(handle.engine_id))
             else:
                 await self._supervisor.stop(handle.engine_id, 5.0)
+
+    def _adopt(self, handle: Handle, known: HandedEngine) -> None:
+        event = EngineReady(
+            handle.engine_id,
+            handle.model,
+            handle.device,
+            0.0,
+            adopted=True,
+            revision=handle.revision,
+            partners=handle.partners,
+            in_flight=self._guests.on(handle.engine_id, self._scheduler),
+            says=known.says,
+            asleep=known.asleep,
+        )
+        self._scheduler.adopt(event, handle.base_url)
+
+    def _stop_unwanted(self, handle: Handle) -> None:
+        """The configuration no longer has its model, but the proxy before us may have requests on it."""
+
+        async def stop() -> None:
+            await self._guests.left(handle.engine_id)
+            await self._supervisor.stop(handle.engine_id, 5.0)
+
+        task = asyncio.create_task(stop())
+        self._stopping_unwanted.add(task)
+        task.add_done_callback(self._stopping_unwanted.discard)
 
     async def _answers(self, kind: Any, base_url: str) -> bool:
         try:
@@ -213,31 +252,53 @@ class App:
         await self._session.close()
         self._link.close()
 
+    # ---------------------------------------------------------------- upgrades
+
+    async def _handed_over(self) -> dict[str, HandedEngine]:
+        """What the proxy before us serves, once it has stopped accepting; nothing when there is none."""
+        self._link.on_peer, self._link.on_left = self._guests.hear, self._guests.gone
+        handed = msgspec.convert(await self._link.take_over() or [], list[HandedEngine])
+        return {engine.engine_id: engine for engine in handed}
+
+    async def _finish(self) -> None:
+        """Another proxy serves: finish what is in flight here. A SIGTERM hurries."""
+        log.info("handed over: %d requests in flight are finished here", self._front.in_flight)
+        finished, stopped = asyncio.create_task(self._finish_all()), asyncio.create_task(self._until(Order.STOP))
+        await asyncio.wait([finished, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            await self._front.drain(self._config.server.drain_s)
+        for task in (finished, stopped):
+            task.cancel()
+
+    async def _finish_all(self) -> None:
+        await self._runner.cleanup()  # operators find the other by connecting again
+        await self._front.finish()
+
     # ----------------------------------------------------------------- signals
 
     def on_signals(self) -> None:
         """SIGTERM and SIGINT drain; SIGHUP reloads."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+            loop.add_signal_handler(number, self._orders.give, Order.STOP)
+        loop.add_signal_handler(signal.SIGHUP, self._orders.give, Order.RELOAD)
 
-    async def _until_stopped(self) -> None:
-        while not self._stop.is_set():
-            waits = [asyncio.create_task(event.wait()) for event in (self._stop, self._reload)]
-            _, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in rest:
-                task.cancel()
-            if self._reload.is_set() and not self._stop.is_set():
-                self._reload.clear()
-                await self.reload()
+    async def _until_told(self) -> Order:
+        """Serve until it is to end."""
+        while (order := await self._orders.next()) is Order.RELOAD:
+            await self.reload()
+        return order
+
+    async def _until(self, wanted: Order) -> None:
+        while await self._orders.next() is not wanted:
+            pass
 
     async def _watch_files(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             if self._watch.look() and self._config.server.reload_on_change:
                 log.info("the configuration has changed on disk: reading it again")
-                self._reload.set()
+                self._orders.give(Order.RELOAD)
 
     async def reload(self) -> None:
         """Read the configuration again. A bad one changes nothing; requests in flight keep the one they began with."""
@@ -359,7 +420,6 @@ async def serve(start: Start) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return REFUSED
-    app.on_signals()
     await app.run()
     return 0
 

@@ -27,7 +27,7 @@ from proxy.server.serving import Serving
 from proxy.workers import messages
 from proxy.workers.channel import Channel
 from proxy.workers.leases import RemoteLeases
-from proxy.workers.messages import Configure, Count, Counted, Drain, Drained, Leave, Reopen, States, ToWorker
+from proxy.workers.messages import Configure, Count, Counted, Drain, Drained, Finish, Leave, Reopen, States, ToWorker
 from proxy.workers.shared_counters import counters_in
 from scheduler.engines.keeper_link import inherited_listeners
 
@@ -69,8 +69,10 @@ class Worker:
             case Reopen():
                 if self._serving is not None:
                     self._serving.reopen_logs()
-            case Drain(timeout_s, accept):
-                self._background(self._drain(timeout_s, accept=accept))
+            case Drain(timeout_s):
+                self._background(self._drain(timeout_s))
+            case Finish():
+                self._background(self._finish())
             case Leave():
                 self._leave.set()
             case _:
@@ -102,8 +104,16 @@ class Worker:
         await serving.start(self._sockets)
         self._channel.send(messages.Serving())
 
-    async def _drain(self, timeout_s: float, *, accept: bool) -> None:
-        in_time = self._serving is None or await self._serving.drain(timeout_s, accept=accept)
+    async def _finish(self) -> None:
+        if self._serving is not None:
+            self._serving.stop_accepting()
+            await self._serving.finish()
+        self._drained(in_time=True)
+
+    async def _drain(self, timeout_s: float) -> None:
+        self._drained(in_time=self._serving is None or await self._serving.drain(timeout_s))
+
+    def _drained(self, *, in_time: bool) -> None:
         self._channel.send(Counted(self._metrics.snapshot()))
         self._channel.send(Drained(in_time))
 

@@ -35,6 +35,8 @@ from scheduler.events import (
     EngineStopped,
     Event,
     Finished,
+    HandOverAsked,
+    HandOverOff,
     HolderGone,
     LoadAsked,
     LoadProgress,
@@ -149,6 +151,11 @@ class Core:
                 out = self._lifecycle.unload_asked(name)
             case ConfigChanged(models, settings):
                 out = self._config_changed(models, settings)
+            case HandOverAsked():
+                out = self._serve_on(self.placement.pause(), now)
+            case HandOverOff():
+                self.placement.paused = False
+                out = []
             case Tick():
                 return self._with_wake(self._tick(now))
         out += self._plan(now)
@@ -337,12 +344,18 @@ class Core:
         out, revived = self.placement.plan(now)
         if self.tickets.strict:
             out += self.tickets.admit_in_order(now)
+        out += self._serve_on(revived, now)
+        self._plan_at(self.placement.again_at)
+        return out + self.placement.relieve_pressure(self.settings.pressure_threshold)
+
+    def _serve_on(self, revived: Iterable[ModelState], now: float) -> list[Command]:
+        """Models that were to go are ready again."""
+        out: list[Command] = []
         for model in revived:
             out += self.tickets.admit_waiting(model, now)
             if model.idle:
                 self._lifecycle.arm_ttl(model)
-        self._plan_at(self.placement.again_at)
-        return out + self.placement.relieve_pressure(self.settings.pressure_threshold)
+        return out
 
     # ---------------------------------------------------------------- answers
 

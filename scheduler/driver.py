@@ -29,6 +29,8 @@ from scheduler.events import (
     EngineReady,
     EngineStopped,
     Event,
+    HandOverAsked,
+    HandOverOff,
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
@@ -131,6 +133,22 @@ class Engines(Protocol):
 
     def launcher_pids(self) -> list[int]:
         """Our own helper processes, whose memory is nobody's engine."""
+        ...
+
+
+class Successor(Protocol):
+    """Where leases come from once this scheduler has handed over; `scheduler.handover.Leaver` in production."""
+
+    def ask(self, ticket: Ticket, settle: Callable[[Lease | Refused], None]) -> None:
+        """Ask for a lease; `settle` is called with it, or with why there is none."""
+        ...
+
+    def end(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
+        """A lease goes back, or a caller has gone."""
+        ...
+
+    def late(self, event: Event) -> None:
+        """What happened after the hand-over."""
         ...
 
 
@@ -242,6 +260,7 @@ class Scheduler:
         self._next_ticket = 0
         self._measure_soon = asyncio.Event()
         self.on_credit: Callable[[Credit | Revoke], None] = lambda _: None  # whoever has asked for credit sets it
+        self._successor: Successor | None = None
         engines.on_exit = self._engine_died
 
     # ---------------------------------------------------------------- tickets
@@ -256,12 +275,15 @@ class Scheduler:
         now = self._loop.time()
         waiting = Waiting(self, ticket, self._loop.create_future(), now)
         self._waiting[ticket.id] = waiting
-        self._carry_out(self.core.arrive(ticket, now))
+        if self._successor is not None:
+            self._successor.ask(ticket, waiting.settle)
+        else:
+            self._carry_out(self.core.arrive(ticket, now))
         return waiting
 
     def lease_now(self, ticket: Ticket) -> Lease | None:
         """A lease if one can be had at once, else nothing has happened. Give it back by `give_back`."""
-        admit = self.core.admit_now(ticket, self._loop.time())
+        admit = None if self._successor is not None else self.core.admit_now(ticket, self._loop.time())
         if admit is None:
             return None
         self._observe(admit)
@@ -269,6 +291,9 @@ class Scheduler:
 
     def give_back(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
         """Give back what `lease_now` gave; the tokens are what was really used, where that is known."""
+        if self._successor is not None:
+            self._successor.end(ticket_id, prompt_tokens, output_tokens)
+            return
         self._carry_out(self.core.finish(ticket_id, self._loop.time(), prompt_tokens, output_tokens))
 
     def close_ticket(self, waiting: Waiting) -> None:
@@ -276,7 +301,9 @@ class Scheduler:
         if self._waiting.pop(waiting.ticket.id, None) is None:
             return
         now = self._loop.time()
-        if waiting.usage is None:
+        if self._successor is not None:
+            self._successor.end(waiting.ticket.id, *(waiting.usage or ()))
+        elif waiting.usage is None:
             self._carry_out(self.core.cancel(waiting.ticket.id, now))
         else:
             self._carry_out(self.core.finish(waiting.ticket.id, now, *waiting.usage))
@@ -290,6 +317,8 @@ class Scheduler:
 
     def describe(self, ticket_id: int) -> str:
         """What the ticket waits for, for people."""
+        if self._successor is not None:
+            return "a new version of vramp has taken over, and looks after it"
         return self.core.describe(ticket_id, self._loop.time())
 
     def engine_urls(self) -> dict[str, tuple[str, str]]:
@@ -318,12 +347,41 @@ class Scheduler:
 
     # -------------------------------------------------------------- operators
 
-    def adopt(
-        self, engine_id: str, model: str, device: str, base_url: str, revision: str, partners: tuple[str, ...] = ()
-    ) -> None:
-        """Take over an engine that outlived an earlier proxy and answered a probe."""
-        self._urls[engine_id] = base_url
-        self.dispatch(EngineReady(engine_id, model, device, 0.0, adopted=True, revision=revision, partners=partners))
+    def adopt(self, event: EngineReady, base_url: str) -> None:
+        """Take over an engine of an earlier proxy, which answers there."""
+        self._urls[event.engine_id] = base_url
+        self.dispatch(event)
+
+    async def settled(self) -> None:
+        """Begin nothing more, and return when no engine starts, stops, or is between two states of sleep: it can be
+        handed over then. Requests go on. `go_on` takes it back."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            self.dispatch(HandOverAsked())
+            while not self.core.placement.settled:
+                changed.clear()
+                await changed.wait()
+            await self._keep_learned()
+        finally:
+            self._watchers.discard(changed)
+
+    def go_on(self) -> None:
+        """There is no hand-over after all."""
+        self.dispatch(HandOverOff())
+
+    def hand_over(
+        self, successor: Successor
+    ) -> tuple[list[tuple[Ticket, str]], list[tuple[Ticket, Callable[[Lease | Refused], None]]]]:
+        """Decide no more. What is out, with its weight and its engine, and who waits, are the successor's to know."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._successor = successor
+        held = [
+            (msgspec.structs.replace(each.ticket, weight_tokens=each.weight, open_ended=False), each.engine.id)
+            for each in self.core.tickets.admitted.values()
+        ]
+        return held, [(each.ticket, each.settle) for each in self._waiting.values() if not each.done]
 
     def reload(self, event: ConfigChanged, launches: Mapping[str, Launch]) -> None:
         """New models and settings; engines whose configuration changed are drained and replaced."""
@@ -369,6 +427,9 @@ class Scheduler:
 
     def dispatch(self, event: Event) -> None:
         """Feed one event in and carry out what the core answers."""
+        if self._successor is not None:
+            self._successor.late(event)
+            return
         self._observe(event)
         self._carry_out(self.core.step(event, self._loop.time()))
         for watcher in self._watchers:
@@ -607,9 +668,9 @@ class Scheduler:
                 log.warning("learned footprints could not be written: %s", error)
 
     async def run(self) -> None:
-        """Read the devices for ever. Cancel it to stop; engines are left as they are."""
+        """Read the devices until somebody else does. Cancel it to stop; engines are left as they are."""
         try:
-            while True:
+            while self._successor is None:
                 for device in self._devices.values():
                     await self._measure(device)
                 await self._keep_learned()

@@ -87,7 +87,11 @@ class UnloadAsked(msgspec.Struct, frozen=True):
 
 class EngineReady(msgspec.Struct, frozen=True):
     """The engine answered a real request, or says that it is awake again; `adopted` when it outlived an earlier proxy.
-    `device` is the first of those it runs on, `partners` the others."""
+    `device` is the first of those it runs on, `partners` the others.
+
+    Of an adopted one: `in_flight` are requests there of a proxy that still lives, each with the weight that it holds;
+    `says` is what it answered to the probe after its load, `asleep` that it is put to sleep.
+    """
 
     engine_id: str
     model: str
@@ -96,6 +100,9 @@ class EngineReady(msgspec.Struct, frozen=True):
     adopted: bool = False
     revision: str = ""
     partners: tuple[str, ...] = ()
+    in_flight: tuple[Ticket, ...] = ()
+    says: ProbeAnswered | None = None
+    asleep: bool = False
 
 
 class EngineFailed(msgspec.Struct, frozen=True):
@@ -156,6 +163,14 @@ class ConfigChanged(msgspec.Struct, frozen=True):
     settings: SchedulerSettings
 
 
+class HandOverAsked(msgspec.Struct, frozen=True):
+    """Another scheduler is to take the engines over: what is under way goes on, nothing more is begun."""
+
+
+class HandOverOff(msgspec.Struct, frozen=True):
+    """It is not, after all."""
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed: the answer to a `WakeAt`."""
 
@@ -177,5 +192,7 @@ Event = (
     | LoadProgress
     | MemoryMeasured
     | ConfigChanged
+    | HandOverAsked
+    | HandOverOff
     | Tick
 )

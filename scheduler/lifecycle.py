@@ -81,7 +81,23 @@ class Lifecycle:
             why = "an engine from before that the configuration no longer has a place for"
             return [Stop(event.engine_id, StopCause.CONFIGURATION, why)]
         self._placement.adopt(model, event.engine_id, event.device, event.revision, event.partners)
-        return self._now_ready(model, now)
+        assert model.engine is not None
+        model.engine.says = event.says
+        for ticket in event.in_flight:
+            self._tickets.inherit(ticket, model, now)
+        return self._still_asleep(model) if event.asleep else self._now_ready(model, now)
+
+    def _still_asleep(self, model: ModelState) -> list[Command]:
+        """It was put to sleep by the version before."""
+        engine = model.engine
+        assert engine is not None
+        engine.was_ready = True
+        self._placement.asleep(model)
+        if model.spec.sleep_keeps_bytes is None or not self._placement.sleep_memory.take(
+            engine.id, model.spec.sleep_host_bytes
+        ):
+            return self._placement.stop(model, StopCause.CONFIGURATION, "there is no host memory for it to sleep in")
+        return []
 
     def _now_ready(self, model: ModelState, now: float) -> list[Command]:
         assert model.engine is not None
@@ -242,7 +258,7 @@ class Lifecycle:
         ttl = model.spec.ttl_s
         if ttl is None or not model.idle:
             return []
-        if self._placement.start_beside(model):
+        if self._placement.paused or self._placement.start_beside(model):
             model.ttl_armed = True
             self._timers.push(now + TTL_AGAIN_S, "ttl", model.spec.name)
             return []

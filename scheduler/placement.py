@@ -31,6 +31,7 @@ from scheduler.timers import Timers
 
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
 FIRM = (StopCause.OPERATOR, StopCause.CONFIGURATION)  # not taken back when somebody wants the model after all
+SETTLED = (Residency.READY, Residency.DRAINING, Residency.ASLEEP)
 SLEEPS = (StopCause.EVICTED, StopCause.PRESSURE)  # an engine given up for these may come back
 LEARNED_MARGIN = 1.05  # measured figures are moments, and an engine may take a little more between two
 RAN_OUT = 1.25  # a start that ran out of memory is booked with so much more than it was promised
@@ -69,6 +70,7 @@ class Placement:
         # when to plan again if nothing happens before: a victim must stop admitting, or a load is held back
         self.again_at = inf
         self.patience_s = 10.0  # of the standard class
+        self.paused = False  # nothing is begun: somebody else is about to decide
         self.weighed = 0  # how many models the last plan had to look at, on all devices together
         self._competing = 0  # how many it had to choose from
         self._watched_since: float | None = None
@@ -124,6 +126,8 @@ class Placement:
         if self._watched_since is None:
             self._watched_since = now
         self.again_at = inf
+        if self.paused:
+            return [], []
         out: list[Command] = []
         revived: list[ModelState] = []
         self._competing, self.weighed = len(self._wanted), 0
@@ -149,6 +153,16 @@ class Placement:
                 self.again_at = min(self.again_at, now + HELD_S)
         revived += self._spare(kept)
         return out + self._replace_outdated() + self._sweep(), revived
+
+    def pause(self) -> list[ModelState]:
+        """Begin nothing more. Returns the victims of the last plan, which serve on."""
+        self.paused = True
+        return self._spare(())
+
+    @property
+    def settled(self) -> bool:
+        """Whether no engine starts, stops, or is between two states of sleep. O(engines)."""
+        return all(model.state in SETTLED for model in self._by_engine.values())
 
     def _in_turn(self, others: Sequence[ModelState]) -> list[DeviceLedger]:
         first = {
@@ -294,6 +308,9 @@ class Placement:
         engine = model.engine
         return engine is not None and any(each.starting not in (None, engine.id) for each in self._books(engine))
 
+    def _stays(self, model: ModelState) -> bool:
+        return self.paused or self.start_beside(model)
+
     def _drain(self, victim: ModelState, ledger: DeviceLedger, reason: str, now: float) -> None:
         """Let a busy victim admit nobody more, once its drain would otherwise outlast the load under way."""
         if victim.state is not Residency.READY or not victim.occupied:
@@ -336,7 +353,7 @@ class Placement:
         """Drain a ready model, or stop it at once when it is idle. Operators and reloads also break off a start, and
         what they asked for is not taken back when an eviction's reason goes away."""
         engine = model.engine
-        if engine is None or model.state is Residency.STOPPING:
+        if engine is None or model.state is Residency.STOPPING or (self.paused and cause not in FIRM):
             return []
         if model.state is Residency.DRAINING:
             if cause in FIRM:
@@ -344,7 +361,7 @@ class Placement:
             return []
         if model.state in (Residency.LOADING, Residency.SUSPENDING, Residency.WAKING):
             return self.stop(model, cause, why) if cause in FIRM else []
-        if engine.occupied or self.start_beside(model):
+        if engine.occupied or self._stays(model):
             model.move(Residency.DRAINING)
             model.stop_cause, model.note = cause, why
             return []
@@ -360,7 +377,7 @@ class Placement:
 
     def drained(self, model: ModelState) -> list[Command]:
         """A draining engine may be idle now, and then it goes."""
-        if model.occupied or self.start_beside(model):
+        if model.occupied or self._stays(model):
             return []
         return self._leave(model, model.stop_cause, model.note)
 

@@ -15,6 +15,7 @@ TRANSITIONS: dict[Residency, dict[Residency, str]] = {
     Residency.COLD: {
         Residency.LOADING: "room promised",
         Residency.READY: "adopted after a restart of the proxy",
+        Residency.ASLEEP: "adopted asleep from the version before",
     },
     Residency.LOADING: {
         Residency.READY: "answered a request",

@@ -70,6 +70,18 @@ class Tickets:
         weight = min(_tokens_of(ticket, model), engine.capacity.tokens)
         return self._admit(ticket, model, weight, False, now) if engine.capacity.try_take(weight) else None
 
+    def inherit(self, ticket: Ticket, model: ModelState, now: float) -> None:
+        """A request that another proxy has in flight on the model's engine holds its lease here too, room or not: what
+        is too much is free only when as much has ended."""
+        engine = model.engine
+        assert engine is not None
+        capacity = engine.capacity
+        tokens, sequences = capacity.tokens, capacity.sequences
+        capacity.resize(capacity.held_tokens + ticket.weight_tokens, capacity.held_sequences + 1)
+        capacity.try_take(ticket.weight_tokens)
+        capacity.resize(tokens, sequences)
+        self._admit(ticket, model, ticket.weight_tokens, False, now)
+
     def admit_waiting(self, model: ModelState, now: float) -> list[Command]:
         """Let in whoever waits for a ready model and fits now."""
         if self.strict:

@@ -143,7 +143,9 @@ class FastLane:
         state = handler.state
         if state is not self._state:
             self._configured(state)
-        if not handler.ready or not client.scan(state.max_header, state.max_body, state.max_depth):
+        if handler.leaving or not handler.ready:
+            return None
+        if not client.scan(state.max_header, state.max_body, state.max_depth):
             return None
         known: Known | None = client.memo
         if known is None or known.state is not state:

@@ -55,6 +55,7 @@ class Handler:
     ) -> None:
         self.state = state
         self.draining = False
+        self.leaving = False  # another proxy has the listeners: every connection ends with its next answer
         self._loop = asyncio.get_running_loop()  # kept, for asking costs a system call (Python 3.11)
         self.leases = leases
         self._metrics = metrics
@@ -134,7 +135,7 @@ class Handler:
         timeouts = self.state.config.timeouts
         watch = Watchdog(timeouts.total_s, partial(total_error, timeouts), self._loop)
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
-        answer.last = self.draining
+        answer.last = self.draining or self.leaving
         tell = answer.fail
         self._watches.add(watch)
         try:

@@ -30,6 +30,7 @@ BACKLOG = 4096
 MAX_LINE = 8190
 MAX_HEADERS = 128
 CUT_OFF_S = 1.0  # for the last words to clients at a stop
+LEAVE_S = 2.0  # how long connections that are idle are kept for a next request, once another proxy has the listeners
 LINGER_S = 2.0  # how long a refused client may go on sending before we close on it
 
 
@@ -151,15 +152,24 @@ class Server:
         self._protocol = protocol
         self._listeners = listeners
 
-    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
-        """Let what is in flight finish; True when all of it did in time.
-
-        New calls get 503 meanwhile. With `accept=False` new connections are left in the listen queue for whoever else
-        holds the sockets: the way of an upgrade, where the successor takes them.
-        """
+    async def drain(self, timeout_s: float) -> bool:
+        """Let what is in flight finish; True when all of it did in time. New calls get 503 meanwhile."""
         self._handler.draining = True
-        if not accept:
-            self._stop_listening()
+        return await self._idle_within(timeout_s)
+
+    def stop_accepting(self) -> None:
+        """New connections are left in the listen queue for whoever else holds the sockets: the way of an upgrade. Those
+        that are open go on, each until its next answer has been sent."""
+        self._stop_listening()
+        self._handler.leaving = True
+
+    async def finish(self, timeout_s: float) -> bool:
+        """After `stop_accepting`: let what is in flight finish; True when all of it did in time. Connections that
+        clients keep are first given time to be used once more, or to be left."""
+        await asyncio.sleep(LEAVE_S)
+        return await self._idle_within(timeout_s)
+
+    async def _idle_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._handler.until_idle()

@@ -53,8 +53,16 @@ class Front(Protocol):
         """Open the access log and the usage rows anew, after logrotate moved them."""
         ...
 
-    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+    async def drain(self, timeout_s: float) -> bool:
         """Let what is in flight finish; True when all of it did in time. See `http.Server.drain`."""
+        ...
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to another process. See `http.Server.stop_accepting`."""
+        ...
+
+    async def finish(self) -> None:
+        """After `stop_accepting`: return when nothing is in flight, or is for longer than a request may."""
         ...
 
     async def close(self) -> None:
@@ -126,15 +134,25 @@ class Serving:
         self._access_log.reopen()
         self._usage.reopen()
 
-    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+    async def drain(self, timeout_s: float) -> bool:
         """Let what is in flight finish; True when all of it did in time. See `http.Server.drain`."""
         if self._server is None:
             return True
         log.info("draining: %d requests in flight", self.in_flight)
-        drained = await self._server.drain(timeout_s, accept=accept)
+        drained = await self._server.drain(timeout_s)
         if not drained:
             log.warning("%d requests were cut off after %g s", self.in_flight, timeout_s)
         return drained
+
+    def stop_accepting(self) -> None:
+        """See `Front`."""
+        if self._server is not None:
+            self._server.stop_accepting()
+
+    async def finish(self) -> None:
+        """See `Front`."""
+        if self._server is not None:
+            await self._server.finish(self._config.timeouts.total_s)
 
     async def close(self) -> None:
         """Cut off what is left, and close everything."""

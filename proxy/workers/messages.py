@@ -16,7 +16,7 @@ side had to say in one turn of its loop. Both ends are started from the same cod
       Serving                       ->                          it accepts
                                     <-  Count                   once a second; no answer for long: it hangs
       Counted                       ->
-                                    <-  Reopen, Drain, Leave
+                                    <-  Reopen, Drain, Finish, Leave
       Drained                       ->
 """
 
@@ -168,11 +168,14 @@ class Drain(_Message, frozen=True):
     """Let what is in flight finish; see `proxy.server.http.Server.drain`."""
 
     timeout_s: float
-    accept: bool
+
+
+class Finish(_Message, frozen=True):
+    """Accept nothing more, another proxy does; let what is in flight finish."""
 
 
 class Leave(_Message, frozen=True):
     """Close everything, and end."""
 
 
-ToWorker = Configure | States | Granted | Declined | Lent | Recall | Answer | Count | Reopen | Drain | Leave
+ToWorker = Configure | States | Granted | Declined | Lent | Recall | Answer | Count | Reopen | Drain | Finish | Leave

@@ -30,6 +30,7 @@ from proxy.workers.messages import (
     Counted,
     Drain,
     Drained,
+    Finish,
     FromWorker,
     Leave,
     Reopen,
@@ -145,6 +146,7 @@ class Workers:
         self._next_holder = 1
         self._kept = Counts()  # of workers that have gone
         self._draining = False
+        self._leaving = False  # another proxy has the listeners: no worker is replaced
         self._states: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shared = SharedCounters(count)
@@ -183,12 +185,21 @@ class Workers:
         """See `Front`."""
         self._tell(Reopen())
 
-    async def drain(self, timeout_s: float, *, accept: bool = True) -> bool:
+    def stop_accepting(self) -> None:
+        """See `Front`. They hear of it in a moment; what they accept until then gets its lease as the rest does."""
+        self._leaving = True
+        self._tell(Finish())
+
+    async def finish(self) -> None:
+        """See `Front`."""
+        await asyncio.gather(*(worker.drained.wait() for worker in self._living()))
+
+    async def drain(self, timeout_s: float) -> bool:
         """See `Front`."""
         self._draining = True
         log.info("draining: %d requests in flight", self.in_flight)
         living = self._living()
-        self._tell(Drain(timeout_s, accept))
+        self._tell(Drain(timeout_s))
         try:
             async with asyncio.timeout(timeout_s + COUNT_LIMIT_S):
                 await asyncio.gather(*(worker.drained.wait() for worker in living))
@@ -265,7 +276,7 @@ class Workers:
         self._shared.forget(slot)
         worker.counts.end()
         self._kept.add(worker.counts)
-        if self._draining:
+        if self._draining or self._leaving:
             return
         lived_s = self._loop.time() - worker.began_s
         log.error("worker %d %s after %.1f s: starting another", worker.pid, _how(worker.status), lived_s)
@@ -279,7 +290,7 @@ class Workers:
 
         async def later() -> None:
             await asyncio.sleep(pause_s)
-            if not self._draining:
+            if not (self._draining or self._leaving):
                 await self._start(slot)
 
         self._background(later())

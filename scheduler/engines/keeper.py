@@ -64,6 +64,7 @@ class Keeper:
             signal.SIGTERM: self._asked_to_stop,
             signal.SIGINT: self._asked_to_stop,
             signal.SIGHUP: self._asked_to_reload,
+            signal.SIGUSR2: self._asked_to_upgrade,
         }
         self._loop = Loop()
         self._children = Children(self._loop, reaper.keeper_tag(state_dir), self._on_signal)
@@ -248,6 +249,9 @@ class Keeper:
 
     def _asked_to_reload(self) -> None:
         self._proxies.reload()
+
+    def _asked_to_upgrade(self) -> None:
+        self._proxies.upgrade()
 
     def _asked_to_stop(self) -> None:
         if self._stopping:

@@ -1,9 +1,13 @@
 """The proxy's end of the keeper's socket, on the event loop.
 
 Requests: `spawn`, `signal`, `list`, `launcher` (each with an `id`, each answered once: `spawned`, `done`, `listed`,
-`launcher` or `failed`), and the words `alive` (every `ALIVE_EVERY_S`), `ready`, `reloaded` and `stop` that need no
-answer. Unasked come `exited` (an engine has ended and no process of it is left) and `launcher` (its state changed). Ids
-carry our pid, so that an answer meant for a proxy that crashed is never taken for one of ours.
+`launcher` or `failed`) and `take_over` (answered `taken_over`), and the words `alive` (every `ALIVE_EVERY_S`), `ready`,
+`reloaded` and `stop` that need no answer. Unasked come `exited` (an engine has ended and no process of it is left) and
+`launcher` (its state changed). Ids carry our pid, so that an answer meant for a proxy that crashed is never taken for
+one of ours.
+
+Of an upgrade (`scheduler.engines.keeper_proxies`) come `hand_over`, to be answered by `handed`, and `go_on`, when it is
+called off. `peer` carries a message from the one proxy to the other, and `left` says that the other has ended.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ class Listing(msgspec.Struct, frozen=True):
 class KeeperLink:
     """Talks to the keeper. One per proxy, made inside the running loop that it then belongs to.
 
-    `on_exit` and `on_launcher` may be set at any time and are called on the loop. `on_lost` is called once when the
+    `on_exit` and the others may be set at any time and are called on the loop. `on_lost` is called once when the
     keeper's end closes; unless replaced it ends this process at once, for its engines and sockets have no owner.
     """
 
@@ -86,6 +90,10 @@ class KeeperLink:
         self.on_exit: Callable[[Exited], None] = lambda _: None
         self.on_launcher: Callable[[LauncherState], None] = lambda _: None
         self.on_lost: Callable[[], None] = _exit_as_orphan
+        self.on_hand_over: Callable[[], None] = lambda: None
+        self.on_go_on: Callable[[], None] = lambda: None
+        self.on_peer: Callable[[dict[str, Any]], None] = lambda _: None
+        self.on_left: Callable[[], None] = lambda: None
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
@@ -131,6 +139,19 @@ class KeeperLink:
         """Start the warm launcher if it does not live yet; its further states come by `on_launcher`."""
         order = {"name": name, "argv": list(argv), "env": dict(env), "log": log}
         return msgspec.convert(await self._ask("launcher", order), LauncherState)
+
+    async def take_over(self) -> Any:
+        """What the proxy before us hands over, once it does: what it gave to `handed`. None when there is none, which
+        is known at once."""
+        return (await self._ask("take_over", {}))["handed"]
+
+    def handed(self, what: Any) -> None:
+        """We decide no more: the answer to `on_hand_over`, after all that the other proxy is to hear first."""
+        self._send({"op": "handed", "handed": what})
+
+    def peer(self, body: dict[str, Any]) -> None:
+        """To the other proxy; lost when there is none."""
+        self._send({"op": "peer", "body": body})
 
     def ready(self) -> None:
         """The proxy serves (and systemd is told)."""
@@ -221,6 +242,10 @@ class KeeperLink:
             self.on_exit(msgspec.convert(message, Exited))
         elif message["op"] == "launcher":
             self.on_launcher(msgspec.convert(message, LauncherState))
+        elif message["op"] == "peer":
+            self.on_peer(message["body"])
+        elif message["op"] in (words := {"hand_over": self.on_hand_over, "go_on": self.on_go_on, "left": self.on_left}):
+            words[message["op"]]()
         else:
             LOG.info("an answer that nobody waits for: %s", message)
 

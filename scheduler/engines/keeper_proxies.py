@@ -1,16 +1,28 @@
-"""The keeper's proxies: started, watched, started again when they die, ended when they hang.
+"""The keeper's proxies: started, watched, started again when they die, ended when they hang, replaced on SIGUSR2.
 
 A proxy says `alive` every second or two from its event loop. One that does not for `hang_limit_s` is asked where it
 hangs (SIGABRT: it prints its stacks) and killed; it then comes back like any that died, and loses no engine by it.
+
+An upgrade is a hand-over between two proxies, of which we only carry the messages (`scheduler.handover`):
+
+    SIGUSR2      we start the successor; whatever becomes of it before it has all it needs, the old one serves on
+    take_over    says the successor, which could serve now; we say hand_over to the old one
+    handed       says the old one, when no load is under way and it accepts no more; we say taken_over to the successor
+    ready        says the successor, and serves; the old one ends after its last request
+
+The same words serve when the successor dies after that: the proxy that is started in its place also says take_over, and
+the one that leaves tells it everything again. A proxy that finds nobody is told so at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from scheduler.engines import keeper_systemd
 from scheduler.engines.keeper_children import Child, Children
@@ -23,6 +35,8 @@ BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 5.0
 BEAT_S = 1.0  # how often we look who is alive, and say that we are
 START_LIMIT_S = 60.0  # from a proxy's start to its first sign of life
 LAST_WORDS_S = 2.0  # for a hung proxy to print its stacks
+UPGRADE_START_LIMIT_S = 60.0  # from a successor's start until it could serve
+HAND_OVER_LIMIT_S = 600.0  # until no load is under way
 REFUSED = 2  # exit status of a proxy that will not start with this configuration; starting it again cannot help
 
 
@@ -36,6 +50,7 @@ class Proxy:
         self.is_up = False  # it has given a sign of life
         self.is_ready = False
         self.is_hung = False
+        self.taking: Any = None  # the id of its take_over, until that is answered
 
     @property
     def pid(self) -> int:
@@ -68,6 +83,10 @@ class Proxies:
         self._hang_limit_s = hang_limit_s
         self._hear_other, self._give_up, self._all_gone = hear, give_up, all_gone
         self._serving: Proxy | None = None
+        self._successor: Proxy | None = None  # starts, or waits until it is handed the engines
+        self._leaving: Proxy | None = None  # has handed them over, and finishes its requests
+        self._status = 0
+        self._numbers = itertools.count(1)
         self._unheard: deque[Message] = deque(maxlen=100)  # ends of engines while there was no proxy
         self._fast_deaths = 0
         self._was_ready = self._stopping = False
@@ -82,10 +101,11 @@ class Proxies:
         self._start_serving()
 
     def tell(self, message: Message) -> None:
-        """Tell whoever serves; the end of an engine waits for the next if there is none."""
-        if self._serving is not None:
-            self._serving.send(message)
-        elif message["op"] == "exited":
+        """Tell whoever serves or has requests in flight; the end of an engine waits for the next who serves."""
+        for proxy in (self._serving, self._leaving):
+            if proxy is not None:
+                proxy.send(message)
+        if self._serving is None and message["op"] == "exited":
             self._unheard.append(message)
 
     def reload(self) -> None:
@@ -94,18 +114,33 @@ class Proxies:
         if self._serving is not None:
             self._signal(self._serving, signal.SIGHUP)
 
+    def upgrade(self) -> None:
+        """SIGUSR2: replace the proxy by one started now, from the code and the configuration that are there now."""
+        serving = self._serving
+        if self._stopping or serving is None or not serving.is_ready:
+            say("no upgrade: there is no proxy that serves")
+        elif self._successor is not None:
+            say(f"no upgrade: one is under way, to pid {self._successor.pid}")
+        elif self._leaving is not None:
+            say(f"no upgrade: the version before (pid {self._leaving.pid}) has requests in flight yet")
+        elif (successor := self._start()) is not None:
+            say(f"upgrade: starting a new proxy (pid {successor.pid}) beside the old one (pid {serving.pid})")
+            keeper_systemd.notify("STATUS=a new version is being started")
+            self._successor = successor
+            self._loop.after(UPGRADE_START_LIMIT_S, lambda: self._still_starting(successor))
+
     def stop(self, drain_limit_s: float) -> None:
         """SIGTERM to all; who has not ended after the limit is killed."""
         self._stopping = True
         if not any(self):
-            self._all_gone(0)
+            self._all_gone(self._status)
             return
         for proxy in self:
             self._signal(proxy, signal.SIGTERM)
         self._loop.after(drain_limit_s, lambda: self._overdue(drain_limit_s))
 
     def __iter__(self) -> Iterator[Proxy]:
-        return iter([proxy for proxy in (self._serving,) if proxy is not None])
+        return iter([each for each in (self._serving, self._successor, self._leaving) if each is not None])
 
     # -- their lives -------------------------------------------------------------------------------------------------
 
@@ -121,6 +156,7 @@ class Proxies:
 
     def _start(self) -> Proxy | None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tag = f"proxy:{next(self._numbers)}"  # each its own: what is left of one is cleared away by it
         env = {
             "VRAMP_LISTEN_FDS": ",".join(f"{name}={sock.fileno()}" for name, sock in self._listeners),
             "VRAMP_KEEPER_FD": str(theirs.fileno()),
@@ -129,27 +165,99 @@ class Proxies:
         proxy = Proxy(time.monotonic())
         proxy.channel = Channel(self._loop, ours, lambda message: self._hear(proxy, message), say)
         try:
-            pid = self._children.start(self._argv, env, "proxy", inherited=inherited)
+            pid = self._children.start(self._argv, env, tag, inherited=inherited)
         except OSError as error:
             say(f"cannot start the proxy: {error}")
             proxy.channel.close()
             return None
         finally:
             theirs.close()
-        proxy.child = Child("proxy", "proxy", pid, lambda status: self._gone(proxy, status))
+        proxy.child = Child("proxy", tag, pid, lambda status: self._gone(proxy, status))
         self._children.add(proxy.child)
         return proxy
 
     def _gone(self, proxy: Proxy, status: int) -> None:
+        stopping = self._stopping
         if proxy.channel is not None:
             proxy.channel.close()
+        if proxy is self._successor:
+            self._successor_gone(status)
+        elif proxy is self._leaving:
+            self._left(status)
+        else:
+            self._serving_gone(proxy, status)
+        if stopping and not any(self):
+            self._all_gone(self._status)
+
+    def _serving_gone(self, proxy: Proxy, status: int) -> None:
         self._serving = None
         if self._stopping:
-            self._all_gone(status)
+            self._status = self._status or status
+        elif self._successor is not None:
+            say(f"the proxy {ended(status)} before it could hand over: its successor goes on")
+            self._serving, self._successor = self._successor, None
+            self._serving.send({"op": "left"})
+            self._answer_taking(None)
         elif status == REFUSED and not self._was_ready:
             self._give_up(REFUSED)
         else:
             self._restart(status, time.monotonic() - proxy.started_s)
+
+    # -- upgrades ----------------------------------------------------------------------------------------------------
+
+    def _successor_gone(self, status: int) -> None:
+        self._successor = None
+        if not self._stopping and self._serving is not None:
+            say(f"no upgrade: the new proxy {ended(status)}; the old one serves on (pid {self._serving.pid})")
+            keeper_systemd.notify(f"STATUS=serving; an upgrade failed: the new proxy {ended(status)}")
+            self._serving.send({"op": "go_on"})
+
+    def _left(self, status: int) -> None:
+        self._leaving = None
+        say(f"the version before {ended(status)}" if status else "the version before has finished its requests")
+        if self._stopping:
+            self._status = self._status or status
+        if self._serving is not None:
+            self._serving.send({"op": "left"})
+
+    def _still_starting(self, successor: Proxy) -> None:
+        if successor.taking is None:
+            self._too_late(successor)
+
+    def _too_late(self, successor: Proxy) -> None:
+        if successor is self._successor:
+            what = "could not serve yet" if successor.taking is None else "has not been handed the engines"
+            say(f"the new proxy (pid {successor.pid}) {what}, and the time is over: ending it")
+            self._signal(successor, signal.SIGKILL)
+
+    def _take_over(self, proxy: Proxy, message: Message) -> None:
+        proxy.taking = message["id"]
+        giver = self._serving if proxy is self._successor else self._leaving
+        if giver is None:
+            self._answer_taking(None)
+            return
+        giver.send({"op": "hand_over"})
+        if proxy is self._successor:
+            self._loop.after(HAND_OVER_LIMIT_S, lambda: self._too_late(proxy))
+
+    def _handed(self, proxy: Proxy, message: Message) -> None:
+        if proxy is self._serving:
+            # also when the successor has died in this moment: then the next is started, and asks again
+            self._leaving, self._serving, self._successor = proxy, self._successor, None
+            if self._serving is None:
+                self._start_serving()
+                return
+        self._answer_taking(message["handed"])
+
+    def _answer_taking(self, handed: Any) -> None:
+        if self._serving is not None and self._serving.taking is not None:
+            self._serving.send({"op": "taken_over", "id": self._serving.taking, "handed": handed})
+            self._serving.taking = None
+
+    def _peer(self, proxy: Proxy, message: Message) -> None:
+        other = self._serving if proxy is self._leaving else self._leaving or self._successor
+        if other is not None:
+            other.send(message)
 
     def _restart(self, status: int, lived_s: float) -> None:
         self._fast_deaths = self._fast_deaths + 1 if lived_s < FAST_DEATH_S else 0
@@ -172,6 +280,12 @@ class Proxies:
             proxy.heard_s, proxy.is_up = time.monotonic(), True
         elif message["op"] == "ready":
             self._ready(proxy)
+        elif message["op"] == "take_over":
+            self._take_over(proxy, message)
+        elif message["op"] == "handed":
+            self._handed(proxy, message)
+        elif message["op"] == "peer":
+            self._peer(proxy, message)
         elif message["op"] == "reloaded":
             keeper_systemd.notify("READY=1", f"STATUS=serving; {message['note']}")
         else:

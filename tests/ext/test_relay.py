@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import socket
@@ -212,6 +213,20 @@ def test_connections_that_come_and_go_leave_nothing(harness: Harness) -> None:
         for _ in range(20):
             harness.send(piece)
     assert harness.relay.connections == before
+
+
+def test_a_listener_that_stopped_hears_nothing_of_a_socket_that_others_go_on_with() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as kept:
+        stopped = Harness()
+        kept.setblocking(False)
+        stopped.relay.listen(os.dup(kept.fileno()))
+        stopped.relay.stop_listening()
+        gc.collect()
+        with socket.create_connection(kept.getsockname()):
+            assert not stopped.pump()
+            assert not stopped.relay.connections
+            kept.accept()[0].close()
+        stopped.relay.close()
 
 
 def as_aiohttp_reads(data: bytes) -> list[tuple[str, str, dict[str, str], bytes]]:

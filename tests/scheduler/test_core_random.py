@@ -17,6 +17,8 @@ from scheduler.events import (
     EngineStopped,
     Event,
     Finished,
+    HandOverAsked,
+    HandOverOff,
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
@@ -90,6 +92,7 @@ class Chaos:
         moves: list[tuple[int, Callable[[], None]]] = [
             (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped),
             (2, self.fail), (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
+            (1, self.pause),
         ]  # fmt: skip
         (move,) = self.rng.choices([m for _, m in moves], [w for w, _ in moves])
         move()
@@ -151,6 +154,10 @@ class Chaos:
     def operate(self) -> None:
         self.feed(self.rng.choice((LoadAsked, UnloadAsked))(self.rng.choice(self.names)))
 
+    def pause(self) -> None:
+        """A hand-over is asked for, and called off some time later."""
+        self.feed(self.rng.choice((HandOverAsked, HandOverOff, HandOverOff))())
+
     def noise(self) -> None:
         self.feed(
             self.rng.choice(
@@ -166,6 +173,7 @@ class Chaos:
 
     def calm_down(self) -> None:
         """Engines obey, clients finish, strangers leave: everybody who waits must be answered."""
+        self.feed(HandOverOff())
         for device in ("ram", "gpu0", "gpu1"):
             self.feed(MemoryMeasured(device, 0, 0, 0, {}))
         for _ in range(2000):

@@ -13,7 +13,7 @@ from scheduler.core import Core
 from scheduler.devices.base import Reading
 from scheduler.driver import Launch, Refused, Scheduler
 from scheduler.engines.base import EngineExit, Progress
-from scheduler.events import ConfigChanged
+from scheduler.events import ConfigChanged, EngineReady
 from scheduler.model import DeviceSpec, ModelSpec, RefusalCode, Residency, SchedulerSettings, Ticket
 
 MiB = 1 << 20
@@ -223,7 +223,7 @@ async def test_a_load_that_cannot_fit_says_so_at_once(rig: Rig) -> None:
 
 async def test_an_adopted_engine_serves_without_a_start(rig: Rig) -> None:
     scheduler, engines = rig
-    scheduler.adopt("a#9", "a", "ram", "http://a#9", "")
+    scheduler.adopt(EngineReady("a#9", "a", "ram", 0.0, adopted=True), "http://a#9")
     assert await serve(scheduler, "a") == "http://a#9"
     assert engines.started == []
 

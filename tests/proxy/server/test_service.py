@@ -82,8 +82,11 @@ async def test_a_drain_that_takes_too_long_says_so_and_close_tells_the_rest(prox
     assert proxy.scheduler.all_returned_once
 
 
-async def test_a_successor_takes_the_connections_that_a_drained_server_leaves(proxy: Proxy) -> None:
-    await proxy.server.drain(1.0, accept=False)
+async def test_a_server_that_leaves_answers_on_open_connections_once_more_and_accepts_no_others(proxy: Proxy) -> None:
+    assert (await proxy.chat()).headers.get("connection") != "close"
+    proxy.server.stop_accepting()
+    async with await proxy.chat() as last:
+        assert (last.status, last.headers["connection"]) == (200, "close")
     with pytest.raises(aiohttp.ClientConnectorError):
         async with aiohttp.ClientSession(proxy.url) as session:
             await session.get("/healthz")

@@ -190,7 +190,7 @@ class LendingRig(Rig):
 
     def proxy_pid(self) -> int:
         pids = [process.pid for process in reaper.processes() if process.parent == self.process.pid]
-        return next(pid for pid in pids if reaper.environment(pid).get("VRAMP_TAG") == "proxy")
+        return next(pid for pid in pids if reaper.environment(pid).get("VRAMP_TAG", "").startswith("proxy"))
 
     def close(self) -> None:
         super().close()

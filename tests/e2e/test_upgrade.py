@@ -1,0 +1,206 @@
+"""SIGUSR2: the next version of the proxy takes over, and nobody notices."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.harness import Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+CONFIG = """
+[devices]
+simulated = [{ name = "sim0", memory = "2GiB" }]
+
+[[backends]]
+name = "sim"
+kind = "simulated"
+
+[[models]]
+id = "a"
+backend = "sim"
+memory_bytes = "900MiB"
+simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 200 }
+
+[[models]]
+id = "b"
+backend = "sim"
+memory_bytes = "900MiB"
+max_sequences = 2
+simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 200 }
+
+[[models]]
+id = "slow-to-load"
+backend = "sim"
+memory_bytes = "900MiB"
+simulated = { load_s = 3.0, ttft_ms = 5, tokens_per_s = 200 }
+"""
+QUESTION = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def served(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    workers = getattr(request, "param", 1)
+    (tmp_path / "vramp.toml").write_text(f"[server]\nworkers = {workers}\n{CONFIG}")
+    with Served(tmp_path / "vramp.toml", tmp_path) as served:
+        yield served
+
+
+class Client(threading.Thread):
+    """Asks again and again, on one connection for as long as the server keeps it, as an SDK's pool does."""
+
+    def __init__(self, served: Served, model: str, *, stream: bool, pause_s: float = 0.0, tokens: int = 16) -> None:
+        super().__init__(daemon=True)
+        self.port, self.pause_s, self.stream = served.port, pause_s, stream
+        self.body = {"model": model, "messages": QUESTION, "max_tokens": tokens, "stream": stream, "ignore_eos": True}
+        self.answered = 0
+        self.failures: list[str] = []
+        self.enough = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with closing(connection):
+            while not self.enough.wait(self.pause_s):
+                try:
+                    self._ask(connection)
+                except (OSError, http.client.HTTPException, AssertionError, ValueError) as error:
+                    self.failures.append(f"after {self.answered}: {error!r}")
+                    connection.close()
+
+    def _ask(self, connection: http.client.HTTPConnection) -> None:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(self.body), headers)
+        with connection.getresponse() as answer:
+            text = answer.read()
+            assert answer.status == 200, (answer.status, text)
+        if self.stream:
+            assert text.endswith(b"data: [DONE]\n\n"), text[-300:]
+        else:
+            assert json.loads(text)["usage"]["completion_tokens"] == self.body["max_tokens"], text
+        self.answered += 1
+
+    def ended(self) -> list[str]:
+        self.enough.set()
+        self.join(30)
+        return self.failures
+
+
+def upgrade(served: Served) -> int:
+    """Another proxy serves when this returns; its pid."""
+    before = served.proxy_pid()
+    os.kill(served.process.pid, signal.SIGUSR2)
+    served.wait(lambda: served.proxy_pid() != before, "there was no upgrade")
+    return served.proxy_pid()
+
+
+def alone(served: Served) -> bool:
+    """Whether the keeper has seen the version before end: until then it begins no other upgrade."""
+    said = served.log.read_text()
+    return said.count("upgrade: starting a new proxy") == said.count("the version before has finished its requests")
+
+
+@pytest.mark.parametrize("served", [1, 2], indirect=True, ids=["alone", "two workers"])
+def test_under_load_no_request_fails_and_no_model_is_loaded(served: Served) -> None:
+    for model in ("a", "b"):
+        served.operate(model, "load")
+    engines = [served.model(model)["pids"] for model in ("a", "b")]
+    kinds = [("a", False, 0.0), ("a", True, 0.0), ("a", True, 0.05), ("a", False, 0.3), ("b", True, 0.0)]
+    clients = [Client(served, model, stream=stream, pause_s=pause_s) for model, stream, pause_s in kinds]
+    clients += [Client(served, "b", stream=False, pause_s=0.0) for _ in range(4)]  # some of these wait
+    pids = {served.proxy_pid()}
+    for _ in range(3):
+        pids.add(upgrade(served))
+        so_far = [client.answered for client in clients]
+        time.sleep(1.0)
+        assert all(client.answered > before for client, before in zip(clients, so_far, strict=True))
+        served.wait(lambda: alone(served), "the version before did not end")
+    assert [failure for client in clients for failure in client.ended()] == []
+    assert len(pids) == 4
+    assert [served.model(model)["pids"] for model in ("a", "b")] == engines
+    assert not [each for each in served.status()["decisions"] if each["what"].startswith(("load", "stop"))]
+    assert [served.model(model)["in_flight"] for model in ("a", "b")] == [0, 0]
+    assert served.stop() == 0
+
+
+@pytest.mark.parametrize("served", [1, 2], indirect=True, ids=["alone", "two workers"])
+def test_a_stream_in_flight_goes_on_and_its_engine_is_busy_for_the_next_version(served: Served) -> None:
+    served.operate("a", "load")
+    client = Client(served, "a", stream=True, pause_s=0.0, tokens=1200)
+    served.wait(lambda: served.model("a")["in_flight"] == 1, "the stream did not begin")
+    upgrade(served)
+    assert served.model("a")["in_flight"] == 1
+    os.kill(served.process.pid, signal.SIGUSR2)
+    served.wait(lambda: "has requests in flight yet" in served.tail(), "the second upgrade was not refused")
+    client.enough.set()
+    served.wait(lambda: served.model("a")["in_flight"] == 0, "its end was not told")
+    assert (client.ended(), client.answered) == ([], 1)
+    served.wait(lambda: alone(served), "the version before did not end")
+    upgrade(served)
+
+
+def test_an_upgrade_while_a_model_loads_waits_for_it_and_who_waits_for_another_gets_it_from_the_next_version(
+    served: Served,
+) -> None:
+    for model in ("a", "b"):
+        served.operate(model, "load")
+    first = Client(served, "slow-to-load", stream=True, pause_s=0.0)
+    served.wait(lambda: served.model("slow-to-load")["state"] == "loading", "the load did not begin")
+    evicted = next(model for model in ("a", "b") if served.model(model)["state"] == "cold")
+    waits = Client(served, evicted, stream=False, pause_s=0.0)
+    served.wait(lambda: served.model(evicted)["waiting"] == 1, "nobody waits")
+    upgrade(served)
+    for client in (first, waits):
+        served.wait(lambda client=client: client.answered > 0, "it was not answered")  # type: ignore[misc]
+    assert first.ended() + waits.ended() == []
+    assert served.model("slow-to-load")["loads"] == 1
+
+
+def test_a_version_that_cannot_start_leaves_the_old_one_serving(served: Served) -> None:
+    served.operate("a", "load")
+    client = Client(served, "a", stream=False, pause_s=0.0)
+    pid, path = served.proxy_pid(), served.log.parent / "vramp.toml"
+    path.write_text(CONFIG.replace("memory_bytes", "memroy_bytes"))
+    os.kill(served.process.pid, signal.SIGUSR2)
+    served.wait(lambda: "no upgrade: the new proxy ended with status 2" in served.tail(20_000), "it was not said")
+    assert served.proxy_pid() == pid
+    path.write_text(CONFIG)
+    assert upgrade(served) != pid
+    assert client.ended() == []
+
+
+def test_a_successor_that_is_killed_after_the_hand_over_is_replaced_and_the_stream_still_counts(
+    served: Served,
+) -> None:
+    served.operate("a", "load")
+    client = Client(served, "a", stream=True, pause_s=0.0, tokens=1500)
+    served.wait(lambda: served.model("a")["in_flight"] == 1, "the stream did not begin")
+    engine = served.model("a")["pids"]
+    client.enough.set()
+    killed = upgrade(served)
+    os.kill(killed, signal.SIGKILL)
+    served.wait(lambda: served.proxy_pid() != killed, "it was not replaced")
+    assert (served.model("a")["in_flight"], served.model("a")["pids"]) == (1, engine)
+    served.wait(lambda: served.model("a")["in_flight"] == 0, "its end was not told")
+    assert client.ended() == []
+
+
+def test_sigterm_in_an_upgrade_ends_both(served: Served) -> None:
+    served.operate("a", "load")
+    client = Client(served, "a", stream=True, pause_s=0.0, tokens=600)
+    served.wait(lambda: served.model("a")["in_flight"] == 1, "the stream did not begin")
+    client.enough.set()
+    upgrade(served)
+    assert served.stop() == 0
+    assert client.ended() == []
+    assert served.survivors() == []
