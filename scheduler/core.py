@@ -37,6 +37,7 @@ from scheduler.events import (
     Finished,
     HandOverAsked,
     HandOverOff,
+    HolderCame,
     HolderGone,
     LoadAsked,
     LoadProgress,
@@ -128,6 +129,9 @@ class Core:
                 return self._lending.asked(event)
             case CreditReported():
                 return self._with_wake(self._credit_reported(event, now))
+            case HolderCame(holder):
+                self._lending.came(holder)
+                return self._with_wake([])
             case HolderGone(holder):
                 out = self._holder_gone(holder, now)
             case LoadProgress():
@@ -299,9 +303,9 @@ class Core:
         return []
 
     def _with_wake(self, out: list[Command]) -> list[Command]:
-        """Adds what is to be revoked, and a WakeAt when the next moment of interest has moved nearer."""
+        """Adds what is to be lent and revoked, and a WakeAt when the next moment of interest has moved nearer."""
         if self._lending:
-            out += self._lending.revocations()
+            out += self._lending.settle()
         at = self._timers.next_at()
         if at is not None and (self._wake_at is None or at < self._wake_at):
             self._wake_at = at

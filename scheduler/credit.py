@@ -1,7 +1,7 @@
 """Credit: room in an engine that its holder, a worker process, fills without asking.
 
-Asking for every lease would be a message each way between two processes. So whoever asks for one while nobody waits is
-given a share of the room that is free on top, and grants the next leases from it by itself; what it granted it reports
+Asking for every lease would be a message each way between two processes. So while nobody waits for an engine every
+holder is lent a share of the room that is free there, and grants leases from it by itself; what it granted it reports
 in batches, and the core learns from the reports what it learns from tickets. Credit is for the time while nobody waits:
 when somebody does, or the engine is to go, it is revoked, and its holders return at once what they do not use and the
 rest as it falls free. So nobody who waits is passed by for longer than a message takes.
@@ -31,16 +31,17 @@ class Credits:
 
     Invariant: what is out is held in the engine's capacity; every holder has sequences >= in_use >= 0 and tokens >= 0.
     A holder is here from its first credit until it has gone. `revoked`: all were told to return it, and none was given
-    since.
+    since. `wanted`: not every holder was given some since it came or since the last was revoked.
     """
 
-    __slots__ = ("_capacity", "_shares", "in_use", "revoked", "sequences", "tokens")
+    __slots__ = ("_capacity", "_shares", "in_use", "revoked", "sequences", "tokens", "wanted")
 
     def __init__(self, capacity: Capacity) -> None:
         self._capacity = capacity
         self._shares: dict[int, Share] = {}
         self.sequences = self.tokens = self.in_use = 0
         self.revoked = False
+        self.wanted = True
 
     def __repr__(self) -> str:
         return f"<Credits sequences={self.sequences} tokens={self.tokens} in_use={self.in_use}>"
@@ -49,15 +50,16 @@ class Credits:
         """Holders and what they have."""
         return iter(self._shares.items())
 
-    def give(self, holder: int, parts: int) -> tuple[int, int]:
-        """A `parts`-th of what is free: sequences and tokens, or nothing of both."""
+    def part(self, parts: int) -> tuple[int, int]:
+        """One of so many parts of what is free: sequences and tokens, or nothing of both."""
         sequences, tokens = self._capacity.free_sequences // parts, self._capacity.free_tokens // parts
-        if sequences <= 0 or tokens <= 0:
-            return 0, 0
+        return (sequences, tokens) if sequences > 0 and tokens > 0 else (0, 0)
+
+    def give(self, holder: int, sequences: int, tokens: int) -> None:
+        """A holder has so much more. It is free."""
         self._capacity.try_take(tokens, sequences)
         self._change(self._shares.setdefault(holder, Share()), sequences, tokens, 0)
         self.revoked = False
-        return sequences, tokens
 
     def take_back(self, event: CreditReported) -> int | None:
         """What a holder reports: how many more requests it has in use; None where it has nothing, which is late

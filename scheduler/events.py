@@ -35,11 +35,10 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 class CreditAsked(msgspec.Struct, frozen=True):
-    """A holder of credit wants more of the model's engine: one of so many `parts` of what is free there."""
+    """A holder of credit wants more of the model's engine."""
 
     holder: int
     model: str
-    parts: int
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +64,12 @@ class CreditReported(msgspec.Struct, frozen=True):
     served: tuple[Served, ...] = ()
     sequences: int = 0
     tokens: int = 0
+
+
+class HolderCame(msgspec.Struct, frozen=True):
+    """A process that lets in on credit."""
+
+    holder: int
 
 
 class HolderGone(msgspec.Struct, frozen=True):
@@ -181,6 +186,7 @@ Event = (
     | Finished
     | CreditAsked
     | CreditReported
+    | HolderCame
     | HolderGone
     | LoadAsked
     | UnloadAsked

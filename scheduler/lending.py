@@ -6,7 +6,7 @@ It is not charged, for like a ticket that is admitted at once it passed nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from scheduler.commands import Command, Credit, Revoke
 from scheduler.events import CreditAsked, CreditReported, Served
@@ -15,27 +15,35 @@ from scheduler.placement import Placement
 from scheduler.state import EngineState, ModelState
 from scheduler.tickets import Tickets, share_load
 
+FREE_KEPT = 2  # a holder's part is so small that all of them together leave half of what is free
+
 
 class Lending:
-    """The engines on which credit is out."""
+    """Who may have credit, and what is done about it after each event."""
 
     def __init__(self, placement: Placement, tickets: Tickets) -> None:
         self._placement = placement
         self._tickets = tickets
-        self._lent: dict[str, ModelState] = {}  # by engine id
+        self._holders: dict[int, None] = {}  # in the order in which they came
+        self._lent: set[str] = set()  # engines that holders believe in
+
+    def __bool__(self) -> bool:
+        """Whether there is anybody to lend to."""
+        return bool(self._holders)
+
+    def came(self, holder: int) -> None:
+        """A holder is there."""
+        self._holders[holder] = None
+        for model in self._placement.engaged():
+            if model.engine is not None:
+                model.engine.credits.wanted = True
 
     def asked(self, event: CreditAsked) -> list[Command]:
-        """A holder wants credit: it gets some while nobody waits. An order of arrival over all models allows none."""
+        """A holder wants more: it gets some while nobody waits."""
         model = self._placement.models.get(event.model)
-        if model is None or model.state is not Residency.READY or len(model.queue) or self._tickets.strict:
+        if model is None or (engine := model.engine) is None or event.holder not in self._holders:
             return []
-        engine = model.engine
-        assert engine is not None
-        sequences, tokens = engine.credits.give(event.holder, event.parts)
-        if not sequences:
-            return []
-        self._lent[engine.id] = model
-        return [Credit(event.holder, event.model, engine.id, sequences, tokens, model.output.tokens)]
+        return [] if _in_the_way(model, engine) else self._lend(model, engine, [event.holder])
 
     def reported(self, event: CreditReported, now: float) -> ModelState | None:
         """What a holder did with its credit; the model, unless this is late news. O(requests reported)."""
@@ -55,33 +63,49 @@ class Lending:
         return model
 
     def gone(self, holder: int, now: float) -> list[ModelState]:
-        """A holder has gone, and all that it had in use with it; the models where it had something. O(models)."""
+        """A holder has gone, and all that it had in use with it; the models where it had something. O(engines)."""
+        self._holders.pop(holder, None)
         found = []
-        for model in self._placement.models.values():
+        for model in self._placement.engaged():
             engine = model.engine
             if engine is not None and (more := engine.credits.forget(holder)) is not None:
                 _in_flight(model, engine, more, now)
                 found.append(model)
         return found
 
-    def revocations(self) -> list[Command]:
-        """Credit that keeps somebody waiting, or an engine from going. O(engines with credit)."""
-        out: list[Command] = []
-        for engine_id, model in list(self._lent.items()):
+    def settle(self) -> list[Command]:
+        """After an event: revoke what keeps somebody waiting, or an engine from going; lend where somebody lacks it.
+        O(engines)."""
+        gone = [engine_id for engine_id in self._lent if self._placement.by_engine(engine_id) is None]
+        self._lent.difference_update(gone)
+        out: list[Command] = [Revoke(engine_id) for engine_id in gone]
+        for model in self._placement.engaged():
             engine = model.engine
-            if engine is None or engine.id != engine_id:
-                del self._lent[engine_id]
-                out.append(Revoke(engine_id))
-            elif not engine.credits.sequences:
-                del self._lent[engine_id]
-            elif not engine.credits.revoked and _in_the_way(model, engine):
-                engine.credits.revoked = True
-                out.append(Revoke(engine_id))
+            if engine is None:
+                continue
+            lent = engine.credits
+            if _in_the_way(model, engine):
+                if lent.sequences and not lent.revoked:
+                    lent.revoked = lent.wanted = True
+                    self._lent.discard(engine.id)
+                    out.append(Revoke(engine.id))
+            elif lent.wanted:
+                out += self._lend(model, engine, self._holders)
         return out
 
-    def __bool__(self) -> bool:
-        """Whether any is out."""
-        return bool(self._lent)
+    def _lend(self, model: ModelState, engine: EngineState, holders: Collection[int]) -> list[Command]:
+        """The same to each. An order of arrival over all models allows none."""
+        lent = engine.credits
+        sequences, tokens = lent.part(FREE_KEPT * len(self._holders))
+        if not sequences or self._tickets.strict:
+            return []
+        if len(holders) == len(self._holders):
+            lent.wanted = False
+        self._lent.add(engine.id)
+        for holder in holders:
+            lent.give(holder, sequences, tokens)
+        name, output = model.spec.name, model.output.tokens
+        return [Credit(holder, name, engine.id, sequences, tokens, output) for holder in holders]
 
     def check(self) -> None:
         """What always holds after an event. O(models)."""
@@ -89,7 +113,6 @@ class Lending:
             if (engine := model.engine) is not None:
                 engine.credits.check()
                 kept = engine.credits.sequences > 0 and not engine.credits.revoked
-                assert not kept or engine.id in self._lent
                 assert not (kept and _in_the_way(model, engine)), f"{model}: credit that is not revoked"
 
 

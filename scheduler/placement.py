@@ -119,6 +119,10 @@ class Placement:
         """The model that this living engine serves."""
         return self._by_engine.get(engine_id)
 
+    def engaged(self) -> Iterable[ModelState]:
+        """The models that have an engine, in whatever state."""
+        return self._by_engine.values()
+
     # --------------------------------------------------------------- planning
 
     def plan(self, now: float) -> tuple[list[Command], list[ModelState]]:

@@ -8,19 +8,16 @@ from collections.abc import Callable
 from proxy.workers.messages import Answer, Ask, Declined, Describe, Done, Granted, Lent, Lost, Recall, Report
 from scheduler.commands import Credit
 from scheduler.driver import Refused, Scheduler, Waiting
-from scheduler.events import CreditAsked, CreditReported, HolderGone
+from scheduler.events import CreditAsked, CreditReported, HolderCame, HolderGone
 from scheduler.model import Ticket
-
-FREE_KEPT = 2  # credit is so small a part of what is free that all workers together leave half of it at the desk
 
 
 class Desk:
     """Serves the worker that is known to the core as `holder`. After `close` nothing of it is held or waits."""
 
-    def __init__(self, holder: int, scheduler: Scheduler, workers: int, send: Callable[[object], None]) -> None:
+    def __init__(self, holder: int, scheduler: Scheduler, send: Callable[[object], None]) -> None:
         self.holder = holder
         self._scheduler = scheduler
-        self._parts = FREE_KEPT * workers
         self._send = send
         self._waiting: dict[int, Waiting] = {}
         self._questions: set[asyncio.Task[None]] = set()
@@ -46,6 +43,10 @@ class Desk:
                 self._questions.add(task)
                 task.add_done_callback(self._questions.discard)
 
+    def open(self) -> None:
+        """The worker is there, and may be lent room."""
+        self._scheduler.dispatch(HolderCame(self.holder))
+
     def lend(self, credit: Credit) -> None:
         """The core has given this worker credit."""
         _, base_url = self._scheduler.engine_urls()[credit.engine_id]
@@ -70,7 +71,7 @@ class Desk:
         waiting = self._waiting[ticket.id] = self._scheduler.lease(ticket)
         if waiting.done:
             if self._answer(waiting):
-                self._scheduler.dispatch(CreditAsked(self.holder, ticket.model, self._parts))
+                self._scheduler.dispatch(CreditAsked(self.holder, ticket.model))
         else:
             waiting.when_done(self._answer)
 
@@ -110,7 +111,7 @@ class Desk:
             )
         )
         if report.low:
-            self._scheduler.dispatch(CreditAsked(self.holder, engine_id.rpartition("#")[0], self._parts))
+            self._scheduler.dispatch(CreditAsked(self.holder, engine_id.rpartition("#")[0]))
 
     async def _lost(self, number: int, engine_id: str) -> None:
         self._send(Answer(number, await self._scheduler.lost(engine_id)))

@@ -26,8 +26,8 @@ NUMBERS = 1 << 40  # of tickets, for each worker that ever was
 class _Credit:
     """Credit on one engine. Invariant: sequences and tokens are unused; recalled implies that both are 0."""
 
-    __slots__ = ("back_sequences", "back_tokens", "begun", "engine_id", "in_use", "lease", "output_tokens", "recalled",
-                 "sequences", "served", "tokens", "tokens_in_use")  # fmt: skip
+    __slots__ = ("asked", "back_sequences", "back_tokens", "begun", "engine_id", "in_use", "lease", "output_tokens",
+                 "recalled", "sequences", "served", "tokens", "tokens_in_use")  # fmt: skip
 
     def __init__(self, lent: Lent) -> None:
         self.engine_id = lent.engine_id
@@ -35,6 +35,7 @@ class _Credit:
         self.sequences = self.tokens = self.output_tokens = 0
         self.in_use = self.tokens_in_use = 0
         self.recalled = False
+        self.asked = False  # for more, since the last regular report
         # since the last report
         self.begun = self.back_sequences = self.back_tokens = 0
         self.served: list[Served] = []
@@ -107,7 +108,11 @@ class RemoteLeases:
         credit.tokens_in_use += tokens
         credit.begun += 1
         self._used[ticket.id] = _Used(credit, ticket, tokens, self._now())
-        self._report_soon(credit)
+        if credit.low and not credit.asked:
+            credit.asked = True
+            self._report(credit)
+        else:
+            self._report_soon(credit)
         return credit.lease
 
     def give_back(self, ticket_id: int, prompt_tokens: int | None = None, output_tokens: int | None = None) -> None:
@@ -218,6 +223,7 @@ class RemoteLeases:
             self._timer = None
         changed, self._changed = self._changed, {}
         for credit in changed.values():
+            credit.asked = False
             self._report(credit)
 
     def _report(self, credit: _Credit) -> None:

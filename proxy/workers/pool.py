@@ -54,11 +54,11 @@ PAUSE_FIRST_S, PAUSE_LIMIT_S = 0.1, 5.0
 class Worker:
     """One worker process. `gone` is called once, when it has ended; its desk is closed by then."""
 
-    def __init__(self, holder: int, scheduler: Scheduler, workers: int, gone: Callable[[Worker], None]) -> None:
+    def __init__(self, holder: int, scheduler: Scheduler, gone: Callable[[Worker], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._gone = gone
         self._channel: Channel[FromWorker] = Channel(FromWorker, self._hear, self._lost)
-        self.desk = Desk(holder, scheduler, workers, self._channel.send)
+        self.desk = Desk(holder, scheduler, self._channel.send)
         self.send = self._channel.send
         self.counts = Counts()
         self.serving = asyncio.Event()
@@ -105,6 +105,7 @@ class Worker:
         self.heard_s = self._loop.time()
         match message:
             case Serving():
+                self.desk.open()
                 self.serving.set()
             case Counted(counts):
                 self.counts = counts
@@ -257,7 +258,7 @@ class Workers:
 
     async def _start(self, slot: int) -> None:
         holder, self._next_holder = self._next_holder, self._next_holder + 1
-        worker = Worker(holder, self._scheduler, self._count, lambda _: self._ended(slot))
+        worker = Worker(holder, self._scheduler, lambda _: self._ended(slot))
         try:
             argv = [*self._argv, str(holder), str(slot), str(self._count)]
             await worker.start(argv, self._sockets, self._shared.fd)

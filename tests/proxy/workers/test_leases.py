@@ -36,10 +36,12 @@ class Office:
         launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)
         self.scheduler = Scheduler(self.core, [FakeDevice()], self.engines, {"a": launch, "b": launch})
         self.scheduler.on_credit = self._on_credit
-        self.count = workers
         self.born = 0
         self.now = 0.0
-        self.workers = [self.start() for _ in range(workers)]
+        self.workers: list[Worker] = []
+        for _ in range(workers):
+            self.workers.append(self.start())
+            self.workers[-1].desk.open()
 
     def start(self) -> Worker:
         self.born += 1
@@ -56,6 +58,7 @@ class Office:
         worker = self.workers[at]
         self.workers[at] = self.start()
         worker.desk.close()
+        self.workers[at].desk.open()
 
     async def calm(self) -> None:
         """Deliver until nobody has anything to say."""
@@ -97,7 +100,7 @@ class Worker:
             self.said.append(encode(message))
 
         self.leases = RemoteLeases(holder, say, lambda: office.now)
-        self.desk = Desk(holder, office.scheduler, office.count, lambda message: self.told.append(encode(message)))
+        self.desk = Desk(holder, office.scheduler, lambda message: self.told.append(encode(message)))
 
     def ticket(self, model: str = "a", tokens: int = 1) -> Ticket:
         return Ticket(self.leases.new_ticket_id(), model, weight_tokens=tokens)
