@@ -40,7 +40,15 @@ def extensions() -> list[Extension]:
         shout(f"not built: {error}")
         return []
     modules = [
-        Extension(f"ext._{name}", [f"ext/_{name}.pyx"], language="c++", extra_compile_args=FLAGS) for name in NAMES
+        Extension(
+            f"ext._{name}",
+            [f"ext/_{name}.pyx"],
+            language="c++",
+            include_dirs=["ext"],
+            depends=["ext/_text.h"],
+            extra_compile_args=FLAGS,
+        )
+        for name in NAMES
     ]
     generated = cythonize(modules, build_dir="build/cython", compiler_directives={"language_level": "3"})
     for each in generated:

@@ -11,31 +11,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.string cimport memcmp
 from libcpp.string cimport string
 
-cdef extern from *:
-    """
-    #include <string.h>
-    typedef signed char vr_block __attribute__((vector_size(16)));
-
-    /* Which of sixteen bytes are not plain in a JSON string: a quote, a backslash, and below the blank, where signed
-       bytes are, a control or what is not ASCII. */
-    static inline vr_block vr_odd(const unsigned char *p) {
-        vr_block v;
-        memcpy(&v, p, 16);
-        return (vr_block)(v == '"') | (vr_block)(v == 92) | (vr_block)(v < 0x20);
-    }
-    static inline int vr_any(vr_block odd) {
-        unsigned long long half[2];
-        memcpy(half, &odd, 16);
-        return (half[0] | half[1]) != 0;
-    }
-    /* The first byte from `p` on that is not plain. */
-    static inline const unsigned char *vr_plain(const unsigned char *p, const unsigned char *end) {
-        while (end - p >= 64 && !vr_any(vr_odd(p) | vr_odd(p + 16) | vr_odd(p + 32) | vr_odd(p + 48))) p += 64;
-        while (end - p >= 16 && !vr_any(vr_odd(p))) p += 16;
-        while (p < end && *p != '"' && *p != 92 && *p >= 0x20 && *p < 0x80) p++;
-        return p;
-    }
-    """
+cdef extern from "_text.h":
     const unsigned char* vr_plain(const unsigned char* p, const unsigned char* end) noexcept nogil
 
 ctypedef const unsigned char* Text

@@ -16,6 +16,9 @@ from libcpp.string cimport string
 
 from ext import _json_lines_py as pure
 
+cdef extern from "_text.h":
+    const unsigned char* vr_plain(const unsigned char* p, const unsigned char* end) noexcept
+
 cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
     unsigned char* PyUnicode_1BYTE_DATA(object text)
@@ -29,17 +32,26 @@ cdef string _line  # kept for its memory
 
 cdef bint _text(object text) except -1:
     """Write a text between quotes; False where it would take escapes."""
-    cdef const char* data
-    cdef Py_ssize_t size = PyUnicode_GET_LENGTH(text), i
+    cdef const unsigned char* data
+    cdef Py_ssize_t size = PyUnicode_GET_LENGTH(text)
     if not PyUnicode_IS_COMPACT_ASCII(text):
         return False
-    data = <const char*>PyUnicode_1BYTE_DATA(text)
-    for i in range(size):
-        if data[i] < 32 or data[i] == 34 or data[i] == 92:
-            return False
+    data = PyUnicode_1BYTE_DATA(text)
+    if vr_plain(data, data + size) != data + size:
+        return False
     _line.push_back(34)
-    _line.append(data, size)
+    _line.append(<const char*>data, size)
     _line.push_back(34)
+    return True
+
+
+cdef bint _name(object name) except -1:
+    """Write a name, which takes no escapes, and a colon."""
+    if not PyUnicode_CheckExact(name) or not PyUnicode_IS_COMPACT_ASCII(name):
+        return False
+    _line.push_back(34)
+    _line.append(<const char*>PyUnicode_1BYTE_DATA(name), PyUnicode_GET_LENGTH(name))
+    _line.append(b'":')
     return True
 
 
@@ -118,9 +130,8 @@ def line(tuple names not None, tuple values not None, bint sparse=False):
                 continue
             if _line.size() > 1:
                 _line.push_back(44)
-            if not _text(names[i]):
+            if not _name(names[i]):
                 break
-            _line.push_back(58)
             if not _value(value):
                 break
         else:

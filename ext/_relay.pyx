@@ -46,6 +46,7 @@ cdef extern from *:
     #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
+    #include "_text.h"
 
     static inline long long vr_now(void) {
         struct timespec t;
@@ -99,6 +100,12 @@ cdef extern from *:
         return c && strchr("!#$%&'*+-.^_`|~", c) != 0;
     }
     static inline int vr_text(unsigned char c) { return c == 9 || (c >= 32 && c != 127); }
+    /* The end of a header's value: blocks of visible ASCII, then whatever else is text. */
+    static inline const char *vr_value_end(const char *p, const char *end) {
+        p = (const char *)vr_visible((const unsigned char *)p, (const unsigned char *)end);
+        while (p < end && vr_text((unsigned char)*p)) p++;
+        return p;
+    }
     """
     cdef struct iovec:
         void* iov_base
@@ -116,6 +123,8 @@ cdef extern from *:
     ssize_t vr_send(int fd, iovec* parts, int count) noexcept nogil
     bint vr_token(unsigned char c) noexcept nogil
     bint vr_text(unsigned char c) noexcept nogil
+    const char* vr_value_end(const char* p, const char* end) noexcept nogil
+    const unsigned char* vr_visible(const unsigned char* p, const unsigned char* end) noexcept nogil
     int epoll_create1(int flags) nogil
     int epoll_wait(int ep, epoll_event* events, int most, int timeout_ms) nogil
     int epoll_close "close"(int fd) nogil
@@ -248,9 +257,7 @@ cdef const char* _field(const char* p, const char* end, Field* field) noexcept n
         return NULL
     field.size = size if size < NAME else 0
     p += 1
-    stop = p
-    while vr_text(stop[0]):
-        stop += 1
+    stop = vr_value_end(p, end)
     if end - stop < 2 or stop[0] != 13 or stop[1] != 10:
         return NULL
     while p < stop and (p[0] == 32 or p[0] == 9):
@@ -820,10 +827,13 @@ cdef class Client(Conn):
     cdef bint _other(self, Field* field, unsigned long long* kept, string* said) except -1:
         """Keep a header that decisions read; False where it is there twice, is not ASCII, or is for the other lane."""
         cdef int at
-        cdef size_t i
-        for i in range(field.length):
-            if <unsigned char>field.value[i] >= 0x80:
+        cdef const unsigned char* value = <const unsigned char*>field.value
+        cdef const unsigned char* end = value + field.length
+        value = vr_visible(value, end)
+        while value < end:  # only a tab, or what is not ASCII, ends a run of visible ASCII here
+            if value[0] >= 0x80:
                 return False
+            value += 1
         at = self._relay._kept.at(field.name, field.size)
         if at < 0:
             return not self._relay._foreign.begins(field.name, field.size)

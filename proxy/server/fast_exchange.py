@@ -119,9 +119,9 @@ class Exchange(msgspec.Struct, eq=False):
         record_body(outcome, body)
         outcome.status = status
         outcome.bytes_out += len(body)
-        head = self.plan.head(status, headers, outcome)
+        head = self.plan.head(status, headers, outcome, len(body), self.lane.dates.now())
         self._settle()
-        return _bytes(head, f"Content-Length: {len(body)}\r\n", self.lane.dates) + body
+        return head.encode("utf-8", "surrogateescape") + body
 
     def ended(self, tail: bytes) -> bytes | None:
         """The end of an answer that was begun."""

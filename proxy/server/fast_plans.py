@@ -41,18 +41,18 @@ class Plan(msgspec.Struct, eq=False):
     may_fail_over: bool  # to another candidate, or to another engine
     heads: dict[tuple[int, str], str] = {}
 
-    def head(self, status: int, passed: Mapping[str, str], outcome: Outcome) -> str:
-        """A response's head as aiohttp writes it, but for its framing and its date."""
+    def head(self, status: int, passed: Mapping[str, str], outcome: Outcome, size: int, date: str) -> str:
+        """The head of a whole answer as aiohttp writes it. `date`: its last line (`Dates`)."""
         content_type = passed.get("content-type")
         if len(passed) != 1 or content_type is None:
-            return head_of(status, outcome.headers(passed))
+            return f"{head_of(status, outcome.headers(passed))}Content-Length: {size}\r\n{date}"
         key = (status, content_type)
         made = self.heads.get(key)
         if made is None:
             if len(self.heads) >= MOST_HEADS:
                 self.heads.clear()
             made = self.heads[key] = _template(status, passed, outcome)
-        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits)
+        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits, size, date)
 
 
 class Plans:
@@ -104,7 +104,7 @@ class Plans:
 
 
 def _template(status: int, passed: Mapping[str, str], outcome: Outcome) -> str:
-    """The head with `%s` for what differs from call to call: the id, the waits, what the limits leave."""
+    """The head with `%s` for what differs from call to call: id, waits, what the limits leave, length, date."""
     headers = {name: value.replace("%", "%%") for name, value in {**passed, **outcome.facts()}.items()}
     headers["x-request-id"] = headers["x-vramp-wait-ms"] = "%s"
-    return head_of(status, headers, "%s")
+    return head_of(status, headers, "%s") + "Content-Length: %s\r\n%s"
