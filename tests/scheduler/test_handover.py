@@ -16,12 +16,12 @@ from scheduler.core import Core
 from scheduler.driver import Launch, Refused, Scheduler
 from scheduler.events import (
     Asleep,
-    CreditAsked,
     CreditReported,
     EngineReady,
     Finished,
     HandOverAsked,
     HandOverOff,
+    HolderCame,
     HolderGone,
     ProbeAnswered,
     UnloadAsked,
@@ -317,15 +317,15 @@ async def test_credit_that_is_out_counts_as_leases_until_it_is_returned_or_its_h
     told: list[Command] = []
     pair.old.scheduler.on_credit = told.append
     for holder in (1, 2):
-        pair.old.scheduler.dispatch(CreditAsked(holder, "a", 2))
-    assert [type(each) for each in told] == [Credit, Credit]
+        pair.old.scheduler.dispatch(HolderCame(holder))
+    assert [(each.holder, each.sequences) for each in told if isinstance(each, Credit)] == [(1, 4), (1, 1), (2, 1)]
     await pair.old.scheduler.settled()
     await pair.hand_over()
     assert told[-1] == Revoke("a#1")
-    assert pair.in_flight == 4 + 2
-    pair.old.scheduler.dispatch(CreditReported(1, "a#1", 1, 1, sequences=3))
+    assert pair.in_flight == 5 + 1
+    pair.old.scheduler.dispatch(CreditReported(1, "a#1", 1, 1, sequences=4))
     await pair.bus.deliver()
-    assert pair.in_flight == 1 + 2
+    assert pair.in_flight == 1 + 1
     pair.old.scheduler.dispatch(HolderGone(2))
     await pair.bus.deliver()
     assert pair.in_flight == 1
