@@ -238,7 +238,8 @@ class App:
                 self._scheduler.dispatch(LoadAsked(local.spec.name))
         await self._warm_up()
         self._link.ready()
-        urls = [f"http://{address}" for name in ("http", "admin") for address in addresses(self._listeners, name)[:1]]
+        public, operators = (addresses(self._listeners, name)[0] for name in ("http", "admin"))
+        urls = [f"{'https' if self._config.server.tls_cert else 'http'}://{public}", f"http://{operators}"]
         print(banner(self._config, urls), flush=True)
 
     async def _warm_up(self) -> None:
@@ -375,7 +376,9 @@ def addresses(listeners: Listeners, name: str) -> list[str]:
 
 def _files(loaded: Loaded) -> list[Path]:
     """What a configuration was read from."""
-    return [*([loaded.file] if loaded.file else []), *files_of(loaded.config, loaded.base_dir)]
+    server = loaded.config.server
+    tls = [Path(file) for file in (server.tls_cert, server.tls_key) if file is not None]
+    return [*([loaded.file] if loaded.file else []), *tls, *files_of(loaded.config, loaded.base_dir)]
 
 
 def _number(engine_id: str) -> int:

@@ -89,6 +89,25 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             form="listen",
         ),
     ] = "127.0.0.1:8081"
+    tls_cert: Annotated[
+        str | None,
+        Key(
+            "File of the certificate chain (PEM) with which `listen` speaks TLS. A renewed one is read without a "
+            "restart; to begin or to end TLS takes one.",
+            form="path",
+            absent="speak plain HTTP",
+            example="tls/fullchain.pem",
+        ),
+    ] = None
+    tls_key: Annotated[
+        str | None,
+        Key(
+            "File of its private key (PEM, not encrypted).",
+            form="path",
+            absent="speak plain HTTP",
+            example="tls/privkey.pem",
+        ),
+    ] = None
     api_keys: Annotated[
         tuple[str, ...],
         Key(

@@ -12,6 +12,7 @@ from pathlib import Path
 from proxy.config import CLASSES, LOCAL_KINDS, BackendConfig, Config, DevicesConfig, ModelConfig, ServerConfig
 from proxy.config_shape import Problem, inside, nearest, parse_listen, show
 from proxy.sizes import byte_size, format_size
+from proxy.tls import tls_problems
 
 DEVICE_KINDS = ("nvidia", "host", "simulated")
 GPU = re.compile(r"gpu\d+")
@@ -57,6 +58,7 @@ def open_problems(server: ServerConfig, http: Iterable[str], admin: Iterable[str
 def _server(config: Config) -> Iterator[Problem]:
     server = config.server
     yield from open_problems(server, [server.listen], [server.admin_listen])
+    yield from tls_problems(server)
     if server.listen == server.admin_listen and parse_listen(server.listen)[1] != 0:
         yield Problem("server.admin_listen", f"is {show(server.admin_listen)}, as server.listen is; use another port")
 

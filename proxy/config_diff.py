@@ -28,6 +28,8 @@ RESTART: Final = (
     "observe.log_level",
 )
 RESTART_NOTE: Final = "(needs a restart; until then the old value holds)"
+# what a restart begins or ends, and a reload changes
+SWITCHED: Final = ("server.tls_cert", "server.tls_key")
 # lists of secrets: literals may stand in them
 SECRET: Final = ("api_key", "api_keys", "admin_keys")
 
@@ -83,7 +85,8 @@ def _named(sections: Any) -> dict[str, Any]:
 def _changed(path: str, old: Any, new: Any) -> str:
     if path.rpartition(".")[2] in SECRET:
         return f"{path}: changed"
-    note = f" {RESTART_NOTE}" if path in RESTART else ""
+    restart = path in RESTART or (path in SWITCHED and None in (old, new))
+    note = f" {RESTART_NOTE}" if restart else ""
     return f"{path}: {_shown(old)} -> {_shown(new)}{note}"
 
 

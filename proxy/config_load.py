@@ -208,11 +208,18 @@ def _resolved(config: Config, data: Mapping[str, Any], base_dir: Path) -> Config
         for backend in config.backends
     )
     stated = "dir" in data.get("store", {})
+    server = msgspec.structs.replace(
+        config.server,
+        tls_cert=None if config.server.tls_cert is None else _absolute(config.server.tls_cert, base_dir),
+        tls_key=None if config.server.tls_key is None else _absolute(config.server.tls_key, base_dir),
+    )
     store = msgspec.structs.replace(config.store, dir=_absolute(config.store.dir, base_dir if stated else Path.cwd()))
     observe = config.observe
     if observe.access_log not in ("stdout", "off"):
         observe = msgspec.structs.replace(observe, access_log=_absolute(observe.access_log, base_dir))
-    return msgspec.structs.replace(config, models=models, backends=backends, store=store, observe=observe)
+    return msgspec.structs.replace(
+        config, server=server, models=models, backends=backends, store=store, observe=observe
+    )
 
 
 def _absolute(path: str, base_dir: Path) -> str:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -25,6 +26,7 @@ from proxy.config import BackendConfig, Config, ModelConfig
 from proxy.config_check import worker_count
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
+from proxy.tls import tls_warnings
 from scheduler.devices.discover import discover
 from scheduler.devices.host import Cgroup, available_bytes
 from scheduler.model import DeviceSpec
@@ -62,6 +64,7 @@ def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = (
         *check_disk(Path(config.store.dir)),
         *check_files(config),
         *check_memory(config, device_specs(config), host_memory()),
+        *(Finding(warning, fatal=False) for warning in tls_warnings(config.server, datetime.now(UTC))),
         *check_vllm(config),
         *check_models(config),
         *check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 from typing import Protocol as Interface
@@ -30,6 +31,7 @@ BACKLOG = 4096
 MAX_LINE = 8190
 MAX_HEADERS = 128
 CUT_OFF_S = 1.0  # for the last words to clients at a stop
+HANDSHAKE_S = 10.0
 LEAVE_S = 2.0  # how long connections that are idle are kept for a next request, once another proxy has the listeners
 LINGER_S = 2.0  # how long a refused client may go on sending before we close on it
 
@@ -230,18 +232,30 @@ class Ordinary:
         """Nothing: the connections are aiohttp's."""
 
 
-async def start(handler: Handler, sockets: Sequence[socket.socket], limits: Limits, *, fast: bool = False) -> Server:
+async def start(
+    handler: Handler,
+    sockets: Sequence[socket.socket],
+    limits: Limits,
+    *,
+    fast: bool = False,
+    tls: ssl.SSLContext | None = None,
+) -> Server:
     """Serve on these bound sockets, on the running loop. The server closes its own duplicates, never the sockets.
 
-    `fast`: through the fast lane, where it was built; what it does not take goes to aiohttp.
+    `fast`: through the fast lane, where it was built; what it does not take goes to aiohttp. With `tls` all of it does:
+    the fast lane reads sockets, and there the bytes are OpenSSL's.
     """
     loop = asyncio.get_running_loop()
     protocol = HttpServer(handler, limits)
-    if fast and Relay is not None:
+    if fast and Relay is not None and tls is None:
         lane = FastLane(handler, protocol, keepalive_s=limits.keepalive_s)
         for each in sockets:
             each.listen(BACKLOG)
             lane.listen(each.dup())
         return Server(handler, protocol, [lane])
-    servers = [await loop.create_server(protocol, sock=each.dup(), backlog=BACKLOG) for each in sockets]
+    limit_s = None if tls is None else HANDSHAKE_S
+    servers = [
+        await loop.create_server(protocol, sock=each.dup(), backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=limit_s)
+        for each in sockets
+    ]
     return Server(handler, protocol, [Ordinary(server) for server in servers])

@@ -12,7 +12,7 @@ from typing import Protocol
 from ext.rate_counters import RateCounters
 from proxy.accounting.usage import UsageLog
 from proxy.catalog.catalog import Catalog, Deployment
-from proxy.config import Config
+from proxy.config import Config, ServerConfig
 from proxy.config_secrets import ResolvedSecrets
 from proxy.gate.keys import Keys
 from proxy.observe.access_log import AccessLog
@@ -24,6 +24,7 @@ from proxy.server.handler import Handler
 from proxy.server.journey import Leases
 from proxy.server.state import State
 from proxy.sizes import byte_size
+from proxy.tls import Tls
 
 log = logging.getLogger("vramp.server")
 
@@ -94,6 +95,7 @@ class Serving:
         self._providers = _providers_of(config, secrets)
         self._retiring: set[asyncio.Task[None]] = set()
         self._server: http.Server | None = None
+        self._tls: Tls | None = None
         self._handler = Handler(
             self._state(config, secrets, self._providers),
             leases,
@@ -118,7 +120,10 @@ class Serving:
         limits = http.Limits(
             max_header=byte_size(self._config.limits.max_header), write_stall_s=self._config.timeouts.write_stall_s
         )
-        self._server = await http.start(self._handler, sockets, limits, fast=self._config.server.fast_lane)
+        server = self._config.server
+        self._tls = Tls(server) if server.tls_cert else None
+        tls = self._tls.context if self._tls is not None else None
+        self._server = await http.start(self._handler, sockets, limits, fast=server.fast_lane, tls=tls)
 
     def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
         """New requests follow this configuration; those in flight keep the one they began with. Raises OverflowError,
@@ -128,6 +133,17 @@ class Serving:
         self._config = config
         old, self._providers = self._providers, providers
         self._retire(old)
+        self._renew(config.server)
+
+    def _renew(self, server: ServerConfig) -> None:
+        """Certificates may have been renewed."""
+        if self._server is None or (self._tls is None) != (server.tls_cert is None):
+            return  # to begin or to end TLS takes a restart
+        try:
+            if self._tls is not None:
+                self._tls.load(server)
+        except OSError as error:
+            log.error("server.tls_cert: the certificate before stays in use: %s", error)
 
     def reopen_logs(self) -> None:
         """Open the access log and the usage rows anew, after logrotate moved them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import Served
+from tests.proxy.test_tls import make_pair
 from tests.scheduler.engines.keeper_rig import passed_by_systemd
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
@@ -82,6 +83,27 @@ def test_a_reload_that_would_leave_an_open_port_without_keys_is_refused(config: 
             key = {"Authorization": "Bearer k"}
             body = {"model": "a", "messages": QUESTION, "max_tokens": 5}
             assert json.dumps(served.ask("/v1/chat/completions", body, key))
+
+
+def test_https_is_served_and_a_renewed_certificate_is_used_without_being_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (make_pair(config.parent / name) for name in ("first", "second"))
+    config.write_text(CONFIG.replace("[server]", '[server]\ntls_cert = "first/cert.pem"\ntls_key = "first/key.pem"'))
+    monkeypatch.setenv("SSL_CERT_FILE", str(first.cert))  # what this process trusts
+    served = Served(config, config.parent)
+    served.url = f"https://127.0.0.1:{served.port}"
+    with served:
+        assert chat(served) == "a"
+        assert f"vramp is ready: {served.url}/v1" in served.tail()
+        monkeypatch.setenv("SSL_CERT_FILE", str(second.cert))
+        assert not served.ready()
+        for new, old in zip(second, first, strict=True):
+            new.rename(old)
+        monkeypatch.setenv("SSL_CERT_FILE", str(first.cert))
+        served.wait(served.ready, "the new certificate is not shown")
+        assert chat(served) == "a"
+        assert served.stop() == 0
 
 
 def _ports(*sockets: socket.socket) -> tuple[int, int]:
