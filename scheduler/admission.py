@@ -126,6 +126,15 @@ class WaitQueue:
         """When the first of those who wait becomes, or became, overdue."""
         return self._fair.next_overdue_s
 
+    def first_since_s(self) -> float:
+        """When the one who has waited longest came."""
+        return min((head.since_s for head in self.heads()), default=inf)
+
+    def first_deadline_s(self) -> float:
+        """The earliest deadline of anybody here. O(n)."""
+        deadlines = (waiting.ticket.deadline_s for waiting in self._tickets.values())
+        return min((deadline for deadline in deadlines if deadline is not None), default=inf)
+
     def remove(self, ticket: Ticket) -> Waiting | None:
         """Take out a ticket wherever it stands, uncharged; None when it is not here."""
         waiting = self._tickets.get(ticket.id)

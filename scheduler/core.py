@@ -10,7 +10,7 @@ It never waits, logs, reads a clock, opens anything or raises for load. How it d
 This file says what each event sets off, and when a plan is made. What is known and done is elsewhere: who waits and who
 holds a lease in `scheduler.tickets`, who lets in on credit in `scheduler.lending`, what engines and operators say in
 `scheduler.lifecycle`, what should be resident in `scheduler.placement`, what those who wait are told in
-`scheduler.quotes`.
+`scheduler.quotes`, what may be loaded before anybody asks in `scheduler.anticipation`.
 
 Cost: arrive and finish O(1); everything else O(models) at most.
 """
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from math import inf
 
+from scheduler.anticipation import LOOK_S, Anticipation, Arrival
 from scheduler.commands import Admit, Command, Refuse, WakeAt
 from scheduler.eta import Quote
 from scheduler.events import (
@@ -99,13 +100,16 @@ class Core:
         strict = self.ordering.strict
         self._quotes = Quotes(self.placement)
         self.tickets = Tickets(self.models, self.placement, self._quotes, self._timers, settings, strict=strict)
+        self.anticipation = Anticipation(self.placement)
         self._lifecycle = Lifecycle(self.placement, self.tickets, self._timers, settings)
         self._lending = Lending(self.placement, self.tickets)
         self._configure(settings)
         self._wake_at: float | None = None
         self._again_at = inf
         # what the policies have not seen yet; when more come between two plans, they see the latest
-        self._arrivals: deque[tuple[float, str]] = deque(maxlen=ARRIVALS_KEPT)
+        self._arrivals: deque[Arrival] = deque(maxlen=ARRIVALS_KEPT)
+        self._foreseen: deque[Arrival] = deque(maxlen=ARRIVALS_KEPT)  # those of them that a look has seen
+        self._look_at = inf
         self._credit = 0.0
         self._credit_at = 0.0
         self._soon = False  # the next plan has a moment
@@ -140,7 +144,10 @@ class Core:
             case MemoryMeasured():
                 out = self._lifecycle.measured(event, now)
             case EngineReady():
+                guess = self.placement.is_guessed_load(event.engine_id)
                 out = self._lifecycle.ready(event, now)
+                if guess:
+                    return self._with_wake(out)  # plans are made as if it were not there
             case EngineFailed():
                 out = self._lifecycle.failed(event, now)
             case EngineStopped(engine_id):
@@ -171,7 +178,7 @@ class Core:
         if model is None or model.removed:
             return [Refuse(ticket.id, RefusalCode.UNKNOWN_MODEL, f"no local model named {ticket.model!r}")]
         model.demand.count += 1
-        self._arrivals.append((now, ticket.model))
+        self._arrivals.append((now, ticket.model, ticket))
         tickets = self.tickets
         if model.state is Residency.READY and not len(model.queue) and not (tickets.strict and tickets.waiting):
             admit = tickets.try_admit(ticket, model, now)
@@ -197,7 +204,7 @@ class Core:
         admit = tickets.try_admit(ticket, model, now)
         if admit is not None:
             model.demand.count += 1
-            self._arrivals.append((now, ticket.model))
+            self._arrivals.append((now, ticket.model, ticket))
         return admit
 
     def finish(
@@ -236,7 +243,7 @@ class Core:
         model = self._lending.reported(event, now)
         if model is None:
             return []
-        self._arrivals.extend([(now, model.spec.name)] * min(event.begun, ARRIVALS_KEPT))
+        self._arrivals.extend([(now, model.spec.name, None)] * min(event.begun, ARRIVALS_KEPT))
         return self._credit_changed(model, now)
 
     def _holder_gone(self, holder: int, now: float) -> list[Command]:
@@ -265,6 +272,7 @@ class Core:
                 model.engine.capacity.resize(spec.kv_tokens, spec.max_sequences)
         for name in self.models.keys() - wanted.keys():
             out += self._lifecycle.removed(self.models[name])
+        self.placement.sequences.keep(wanted if settings.anticipate else ())
         return out
 
     def _configure(self, settings: SchedulerSettings) -> None:
@@ -276,11 +284,16 @@ class Core:
     def _tick(self, now: float) -> list[Command]:
         self._wake_at = None
         out: list[Command] = []
-        due = False
+        due = looks = False
         while (timer := self._timers.pop_due(now)) is not None:
+            if timer[2] == "look":
+                looks = True
+                continue
             out += self._due(timer, now)
             due = True
-        return out + (self._plan(now) if due else self._plan_soon(now))
+        if due or not looks:
+            out += self._plan(now) if due else self._plan_soon(now)
+        return out + self._look(now) if looks else out
 
     def _due(self, timer: Timer, now: float) -> list[Command]:
         _, _, kind, key = timer
@@ -341,10 +354,8 @@ class Core:
     def _plan(self, now: float) -> list[Command]:
         """Anything but the hot pair may change what should be resident."""
         self._credit, self._credit_at, self._soon = 0.0, now, False
-        if self._arrivals:
-            self.ordering.saw(self._arrivals)
-            self.placement.eviction.saw(self._arrivals)
-            self._arrivals.clear()
+        self._take_in_arrivals()
+        self._look_soon(now)
         out, revived = self.placement.plan(now)
         if self.tickets.strict:
             out += self.tickets.admit_in_order(now)
@@ -360,6 +371,35 @@ class Core:
             if model.idle:
                 self._lifecycle.arm_ttl(model)
         return out
+
+    def _take_in_arrivals(self) -> None:
+        """For the policies: when a plan is made, and not before, so that looks change no plan."""
+        self._foresee()
+        if self._foreseen:
+            named = [(at_s, name) for at_s, name, _ in self._foreseen]
+            self.ordering.saw(named)
+            self.placement.eviction.saw(named)
+            self._foreseen.clear()
+
+    def _foresee(self) -> None:
+        if self.settings.anticipate:
+            self.anticipation.saw(self._arrivals)
+        self._foreseen += self._arrivals
+        self._arrivals.clear()
+
+    def _look_soon(self, now: float) -> None:
+        if self.settings.anticipate and self._look_at == inf:
+            self._look_at = now + LOOK_S
+            self._timers.push(self._look_at, "look", "")
+
+    def _look(self, now: float) -> list[Command]:
+        """Is there memory for what will be asked for? Not a plan: what is decided for those who wait stays the same."""
+        self._look_at = inf
+        if not self.settings.anticipate:
+            return []
+        self._foresee()
+        self._look_soon(now)
+        return self.anticipation.look(self.settings, now)
 
     # ---------------------------------------------------------------- answers
 

@@ -42,6 +42,11 @@ class Demand:
         self._roll(now)
         return self._slow / (1.0 - exp(-watched_s / SLOW_S))
 
+    def glance(self, now: float, watched_s: float) -> float:
+        """The slow rate, for whoever is only curious: changes nothing."""
+        slow = _decayed(self._slow, self.count, now - self._seen_s, SLOW_S)
+        return slow / (1.0 - exp(-watched_s / SLOW_S))
+
     def mean_service_s(self) -> float:
         """Seconds that an answer of this model keeps its place."""
         if self.served:

@@ -43,7 +43,7 @@ class Lending:
         model = self._placement.models.get(event.model)
         if model is None or (engine := model.engine) is None or event.holder not in self._holders:
             return []
-        return [] if _in_the_way(model, engine) else self._lend(model, engine, [event.holder])
+        return [] if _in_the_way(model, engine) or model.guessed else self._lend(model, engine, [event.holder])
 
     def reported(self, event: CreditReported, now: float) -> ModelState | None:
         """What a holder did with its credit; the model, unless this is late news. O(requests reported)."""
@@ -89,7 +89,7 @@ class Lending:
                     lent.revoked = lent.wanted = True
                     self._lent.discard(engine.id)
                     out.append(Revoke(engine.id))
-            elif lent.wanted:
+            elif lent.wanted and not model.guessed:  # a guess that nobody has used yet must be able to go at once
                 out += self._lend(model, engine, self._holders)
         return out
 

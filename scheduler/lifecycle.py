@@ -134,10 +134,11 @@ class Lifecycle:
             return []
         if model.state is Residency.STOPPING:
             return self.gone(event.engine_id, now)
-        loading = model.state is Residency.LOADING
-        once_more = loading and event.out_of_memory and not model.ran_out
+        loading, guessed = model.state is Residency.LOADING, model.guessed
+        # nobody asked for a guess: whoever does, finds the model as if it had not been tried
+        once_more = guessed or (loading and event.out_of_memory and not model.ran_out)
         if loading and event.out_of_memory:
-            model.ran_out = True
+            model.ran_out = not guessed
             self._placement.ran_out(model)
         model.failures += not once_more
         model.last_error = event.reason
@@ -273,7 +274,11 @@ class Lifecycle:
     def load_asked(self, name: str) -> list[Command]:
         """An operator wants it here, before what is only waited for."""
         model = self._models.get(name)
-        if model is None or model.state in (Residency.READY, Residency.LOADING, Residency.WAKING):
+        if model is None:
+            return []
+        if model.state in (Residency.READY, Residency.LOADING, Residency.WAKING):
+            if model.engine is not None:
+                model.engine.guess = None  # it is asked for now
             return []
         if model.state is Residency.FAILED:
             model.move(Residency.COLD)

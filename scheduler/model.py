@@ -44,7 +44,7 @@ class RefusalCode(StrEnum):
 
 
 class StopCause(StrEnum):
-    """Why an engine is given up."""
+    """Why an engine is given up. `WITHDRAWN`: it was here on a guess, unused, and a request wants its place."""
 
     EVICTED = "evicted"
     PRESSURE = "pressure"
@@ -53,13 +53,15 @@ class StopCause(StrEnum):
     CONFIGURATION = "configuration"
     LEAKED = "leaked"
     CORRUPT = "corrupt"
+    WITHDRAWN = "withdrawn"
 
 
 class Ticket(msgspec.Struct, frozen=True):
     """A request as the scheduler sees it.
 
     `weight_tokens`: its prompt and the most it may answer; of one that is `open_ended` (no limit to its answer) the
-    prompt alone, to which the scheduler adds what it expects.
+    prompt alone, to which the scheduler adds what it expects. `session` is what its tenant calls the conversation that
+    it belongs to, "" where that is not said.
     """
 
     id: int
@@ -69,6 +71,7 @@ class Ticket(msgspec.Struct, frozen=True):
     weight_tokens: int = 1
     deadline_s: float | None = None
     open_ended: bool = False
+    session: str = ""
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -122,6 +125,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
 
     `fall_limit_s`: how long after a stop or a sleep a device's reading may take to fall. `sleep_memory_bytes` is host
     memory for engines that sleep; 0: none does.
+
+    `anticipate`: models are loaded and woken before they are asked for, where nobody pays for it, and swaps are held
+    back for a moment (`scheduler.anticipation`).
     """
 
     pressure_threshold: float = 0.95
@@ -133,3 +139,4 @@ class SchedulerSettings(msgspec.Struct, frozen=True):
     overdue_after: float = 40.0
     fall_limit_s: float = 5.0
     sleep_memory_bytes: int = 0
+    anticipate: bool = False

@@ -23,16 +23,19 @@ from scheduler.eviction.base import Eviction
 from scheduler.fairness import Fairness
 from scheduler.footprints import MUCH, Footprints
 from scheduler.forecast import LEAST_WATCHED_S, drain_s
+from scheduler.guesses import Guesses
+from scheduler.holding import Holding
 from scheduler.ledger import DeviceLedger, SleepMemory
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Residency, SchedulerSettings, StopCause
 from scheduler.ordering import Choice, Ordering, Scene
-from scheduler.state import EngineState, ModelState, Wanted
+from scheduler.sequences import Sequences
+from scheduler.state import EngineState, Guess, ModelState, Wanted
 from scheduler.timers import Timers
 
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
 FIRM = (StopCause.OPERATOR, StopCause.CONFIGURATION)  # not taken back when somebody wants the model after all
 SETTLED = (Residency.READY, Residency.DRAINING, Residency.ASLEEP)
-SLEEPS = (StopCause.EVICTED, StopCause.PRESSURE)  # an engine given up for these may come back
+SLEEPS = (StopCause.EVICTED, StopCause.PRESSURE, StopCause.WITHDRAWN)  # an engine given up for these may come back
 LEARNED_MARGIN = 1.05  # measured figures are moments, and an engine may take a little more between two
 RAN_OUT = 1.25  # a start that ran out of memory is booked with so much more than it was promised
 
@@ -80,6 +83,9 @@ class Placement:
         self._planned: dict[str, str] = {}  # by device: the model that the last plan wants next
         self._made_room_for: dict[str, str] = {}  # by device: the model for which victims have been stopped
         self._engine_count = engines_before
+        self.guesses = Guesses()
+        self.sequences = Sequences(self._answered_s)
+        self.holding = Holding(self.sequences)
         self.departures = Departures(self.devices, Timers() if timers is None else timers, limit_s=5.0)
         self.sleep_memory = SleepMemory(0)
         self.footprints = Footprints() if footprints is None else footprints
@@ -151,9 +157,11 @@ class Placement:
                 chosen.add(choice.model)
                 group = self._group(ledger, choice.model)
                 taken |= {each.spec.name for each in group}
+                if self._is_held(group, choice, now):
+                    continue
                 kept |= {victim.model for victim in choice.victims}
                 out += self._follow(group, choice, now)
-            elif len(chosen) < self._competing and ledger.starting is None:
+            elif len(chosen) < self._competing and not self._starts(ledger):
                 self.again_at = min(self.again_at, now + HELD_S)
         revived += self._spare(kept)
         return out + self._replace_outdated() + self._sweep(), revived
@@ -178,8 +186,12 @@ class Placement:
         }
         return sorted(
             self.devices.values(),
-            key=lambda each: (each.spec.name not in first, each.starting is not None, -each.free),
+            key=lambda each: (each.spec.name not in first, self._starts(each), -each.free - self._lent(each)),
         )
+
+    def _starts(self, ledger: DeviceLedger) -> bool:
+        """Whether a start is under way that a load must wait for."""
+        return ledger.starting is not None and self.guesses.loading(ledger) is None
 
     def _begins_at(self, ledger: DeviceLedger, model: ModelState, taken: Collection[str] = ()) -> bool:
         """Whether this device chooses for all that the model needs, or is where it sleeps."""
@@ -202,6 +214,9 @@ class Placement:
 
     def _books(self, engine: EngineState) -> list[DeviceLedger]:
         return [self.devices[name] for name in engine.devices]
+
+    def _books_of(self, model: ModelState) -> list[DeviceLedger]:
+        return [] if model.engine is None else self._books(model.engine)
 
     def _choose(self, ledger: DeviceLedger, wanted: Sequence[ModelState], now: float) -> Choice | None:
         name = ledger.spec.name
@@ -242,7 +257,11 @@ class Placement:
             engine = model.engine
             if engine is None or ledger.spec.name not in engine.devices:
                 continue
-            if model.state in (Residency.LOADING, Residency.WAKING):
+            if engine.guess is not None and model.guessed:
+                free += self._lends(ledger, model)
+                if model.state is Residency.WAKING:
+                    link_free_s = now + model.expected_load_s(now)
+            elif model.state in (Residency.LOADING, Residency.WAKING):
                 link_free_s = now + model.expected_load_s(now)
             elif model.state is Residency.STOPPING or (
                 model.state is Residency.DRAINING and model.stop_cause is not StopCause.EVICTED
@@ -265,6 +284,19 @@ class Placement:
             patience_s=self.patience_s,
             eviction=self.eviction,
         )
+
+    def _answered_s(self, name: str, at_s: float) -> float | None:
+        """When a model was last done with all its requests, at this moment of late."""
+        model = self.models.get(name)
+        if model is None:
+            return None
+        idle = not model.in_flight and model.last_used_s <= at_s
+        return model.last_used_s if idle else model.rested_s
+
+    def watched_s(self, now: float) -> float:
+        """For how long arrivals have been counted."""
+        since = now if self._watched_since is None else self._watched_since
+        return max(LEAST_WATCHED_S, now - since)
 
     @staticmethod
     def _held(ledger: DeviceLedger, engine: EngineState) -> int:
@@ -289,22 +321,36 @@ class Placement:
         """Begin what can begin: drain victims in time, stop them when all are idle, load when they are gone."""
         wanted, ledger = choice.model, group[0]
         victims = [self.models[victim.model] for victim in choice.victims]
+        out = self._break_off(group, f"{wanted.spec.name} is asked for")
+        for victim in victims:
+            out += self._break_off(self._books_of(victim), f"{wanted.spec.name} is asked for")
         reason = f"evicted for {wanted.spec.name}, which needs {_size(wanted.need_bytes)}: {choice.why}"
         for victim in victims:
             self._drain(victim, ledger, reason, now)
         starting = any(each.starting is not None for each in group) or any(self.start_beside(each) for each in victims)
         if starting or any(victim.occupied for victim in victims):
-            return []  # one start at a time, no neighbour leaves while it measures the device, nobody is cut off
-        out: list[Command] = []
+            return out  # one start at a time, no neighbour leaves while it measures the device, nobody is cut off
         if victims:
             self._made_room_for[ledger.spec.name] = wanted.spec.name
+            reason += self.holding.over(wanted, now)
         for victim, candidate in zip(victims, choice.victims, strict=True):
             self.eviction.evicted(candidate)
             out += self._leave(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
+        out += self._withdraw_for(wanted, group)
         if not victims and all(each.free >= wanted.need_bytes for each in group):
             self._made_room_for.pop(ledger.spec.name, None)
-            out.append(self._load(wanted, group, now) if wanted.engine is None else self._wake(wanted, now))
+            out.append(self._start(wanted, group, now))
         return out
+
+    def _is_held(self, group: Sequence[DeviceLedger], choice: Choice, now: float) -> bool:
+        """Whether a swap that could begin now waits for a moment; its victims serve on meanwhile."""
+        victims = [self.models[victim.model] for victim in choice.victims]
+        if any(victim.occupied for victim in victims) or any(map(self._starts, group)):
+            return False
+        until = self.holding.until(choice.model, victims, now)
+        if until is not None:
+            self.again_at = min(self.again_at, until)
+        return until is not None
 
     def start_beside(self, model: ModelState) -> bool:
         """Whether a neighbour is in its start on one of the engine's devices: it would measure this one's leaving as
@@ -331,21 +377,29 @@ class Placement:
         victim.move(Residency.DRAINING)
         victim.stop_cause, victim.note = StopCause.EVICTED, reason
 
-    def _load(self, model: ModelState, group: Sequence[DeviceLedger], now: float) -> Load:
+    def _start(
+        self, model: ModelState, group: Sequence[DeviceLedger], now: float, guess: Guess | None = None
+    ) -> Load | Wake:
+        return self._load(model, group, now, guess) if model.engine is None else self._wake(model, now, guess)
+
+    def _load(self, model: ModelState, group: Sequence[DeviceLedger], now: float, guess: Guess | None) -> Load:
         ledger, partners = group[0], tuple(each.spec.name for each in group[1:])
         self._engine_count += 1
         engine_id = f"{model.spec.name}#{self._engine_count}"
         free = _size(ledger.free)
-        self._attach(model, EngineState(engine_id, ledger.spec.name, model.spec, partners), starting=True)
+        engine = EngineState(engine_id, ledger.spec.name, model.spec, partners)
+        engine.guess = guess
+        self._attach(model, engine, starting=True)
         model.cause = model.longest_waiting() if model.wanted_order is None else None
         model.move(Residency.LOADING)
         model.load_started_s, model.progress, model.note = now, 0.0, "starting"
         reason = f"{_asked(model)}; needs {_size(model.booked_bytes)} of {free} free"
         return Load(engine_id, model.spec.name, ledger.spec.name, reason, partners)
 
-    def _wake(self, model: ModelState, now: float) -> Wake:
+    def _wake(self, model: ModelState, now: float, guess: Guess | None) -> Wake:
         engine = model.engine
         assert engine is not None
+        engine.guess = guess
         for ledger in self._books(engine):
             ledger.resize(engine.id, model.booked_bytes, starting=True)
         model.cause = model.longest_waiting() if model.wanted_order is None else None
@@ -381,9 +435,12 @@ class Placement:
 
     def drained(self, model: ModelState) -> list[Command]:
         """A draining engine may be idle now, and then it goes."""
-        if model.occupied or self._stays(model):
+        if model.occupied or self.paused:
             return []
-        return self._leave(model, model.stop_cause, model.note)
+        out = self._break_off(self._books_of(model), f"{model.spec.name} is to leave")
+        if self.start_beside(model):
+            return out
+        return out + self._leave(model, model.stop_cause, model.note)
 
     def _leave(self, model: ModelState, cause: StopCause, why: str) -> list[Command]:
         """An idle engine gives its memory back: asleep where it can come back from that, else for good."""
@@ -448,6 +505,8 @@ class Placement:
         self.start_over(engine)
         self.departures.begin(engine)
         model.move(Residency.STOPPING)
+        if cause is not StopCause.WITHDRAWN:
+            model.stopped_for = cause
         model.note = why
         return [Stop(engine.id, cause, why, force)]
 
@@ -463,9 +522,12 @@ class Placement:
         for name, ledger in self.devices.items():
             allowed = threshold * ledger.spec.capacity_bytes
             full = ledger.held + ledger.overhead + ledger.foreign
-            if full <= allowed or ledger.starting is not None:
+            if full <= allowed:
                 continue
-            for model in sorted(self._idle_on(name), key=lambda m: m.last_used_s):
+            out += self._break_off((ledger,), f"{name} is too full (pressure_threshold)")
+            if ledger.starting is not None:
+                continue
+            for model in sorted(self._idle_on(name), key=lambda m: (not m.guessed, m.last_used_s)):
                 if full - self._leaving(ledger) <= allowed:
                     break
                 share = full / ledger.spec.capacity_bytes
@@ -486,7 +548,8 @@ class Placement:
         for model in self.models.values():
             if model.state in (Residency.STOPPING, Residency.SUSPENDING) and model.engine is not None:
                 holding = ledger.holding(model.engine.id)
-                total += holding.held if holding is not None else 0
+                kept = (model.spec.sleep_keeps_bytes or 0) if model.state is Residency.SUSPENDING else 0
+                total += holding.held - kept if holding is not None else 0
         return total
 
     def _replace_outdated(self) -> list[Command]:
@@ -499,6 +562,68 @@ class Placement:
             ):
                 out += self.give_up(model, StopCause.CONFIGURATION, "its configuration has changed")
         return out
+
+    # ---------------------------------------------------------------- guesses
+
+    def guess(self, model: ModelState, group: Sequence[DeviceLedger], why: str, now: float) -> Load | Wake:
+        """Load or wake a model that nobody waits for, on devices where that is in nobody's way."""
+        guess = Guess(model.engine.served if model.engine is not None else 0, why)
+        command = self._start(model, group, now, guess)
+        assert model.engine is not None
+        self.guesses.add(model, model.engine)
+        return command
+
+    def is_guessed_load(self, engine_id: str) -> bool:
+        """Whether this engine loads and nobody has asked for it."""
+        model = self._by_engine.get(engine_id)
+        return model is not None and model.state is Residency.LOADING and model.guessed
+
+    def groups_for(self, model: ModelState) -> list[list[DeviceLedger]]:
+        """Every set of devices on which the model could be loaded, or woken."""
+        return [self._books(model.engine)] if model.engine is not None else self._groups(model.spec)
+
+    def _lends(self, ledger: DeviceLedger, model: ModelState) -> int:
+        """Bytes of a guessed engine that a plan may count on: all that it would not hold had nobody guessed."""
+        engine = model.engine
+        assert engine is not None
+        kept = (model.spec.sleep_keeps_bytes or 0) if self._has_slept(engine) else 0
+        return max(0, self._held(ledger, engine) - kept)
+
+    def _lent(self, ledger: DeviceLedger) -> int:
+        return sum(self._lends(ledger, model) for model in self.guesses.leaving_or_on(ledger))
+
+    def _has_slept(self, engine: EngineState) -> bool:
+        return self.sleep_memory.share(engine.id) > 0
+
+    def _break_off(self, ledgers: Iterable[DeviceLedger], why: str) -> list[Command]:
+        """End the guessed loads that are under way there."""
+        out: list[Command] = []
+        for ledger in ledgers if len(self.guesses) and not self.paused else ():
+            model = self.guesses.loading(ledger)
+            if model is not None:
+                out += self._withdraw(model, why)
+        return out
+
+    def _withdraw_for(self, wanted: ModelState, group: Sequence[DeviceLedger]) -> list[Command]:
+        """Guessed engines go as far as the memory is short without theirs; the oldest guess first."""
+        out: list[Command] = []
+        for ledger in group if len(self.guesses) else ():
+            missing = wanted.need_bytes - ledger.free - self._leaving(ledger)
+            for model in list(self.guesses.on(ledger)):
+                if missing > 0 and model.state is not Residency.WAKING:
+                    missing -= self._lends(ledger, model)
+                    out += self._withdraw(model, f"{wanted.spec.name} needs its memory")
+        return out
+
+    def _withdraw(self, model: ModelState, why: str) -> list[Command]:
+        """It was a wrong guess. What slept sleeps again; what was loaded has nothing to lose and is killed, because a
+        request waits for its place."""
+        engine = model.engine
+        assert engine is not None
+        why = f"{why}, and nobody has asked for {model.spec.name}"
+        if model.state is Residency.READY and self._has_slept(engine):
+            return self._leave(model, StopCause.WITHDRAWN, why)
+        return self.stop(model, StopCause.WITHDRAWN, why, force=True)
 
     # ---------------------------------------------------------------- engines
 
@@ -594,7 +719,7 @@ class Placement:
         best = (False, inf)
         others = 0.5 * max(0, self._competing - 1) / len(self.devices)
         for ledger in self._devices_of(model.spec):
-            starting = self._by_engine.get(ledger.starting or "")
+            starting = self._by_engine.get(ledger.starting or "") if self._starts(ledger) else None
             begin_s = 0.0 if starting is None else starting.expected_load_s(now)
             planned = self._planned.get(ledger.spec.name) == model.spec.name
             if not planned:
@@ -668,6 +793,9 @@ def _what(spec: ModelSpec) -> str:
 
 
 def _asked(model: ModelState) -> str:
+    guess = model.engine.guess if model.engine is not None else None
+    if guess is not None:
+        return f"guessed: {guess.why}"
     return "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"
 
 

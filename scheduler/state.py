@@ -17,17 +17,28 @@ from scheduler.residency import move
 WAKE_SOONER = 10.0  # than a load, until it has been seen
 
 
+class Guess:
+    """Why an engine came here before anybody had asked for it; `served` is how much it had served until then."""
+
+    __slots__ = ("served", "why")
+
+    def __init__(self, served: int, why: str) -> None:
+        self.served = served
+        self.why = why
+
+
 class EngineState:
     """A living engine: in_flight == tickets admitted and not finished, and requests on credit by the last reports;
     capacity counts the tickets' weights, and all credit that is out.
 
     `device` is the first of its `devices`. `says` is what it answered to the probe after its load, None for one that
     was not asked: it cannot be put to sleep, because nobody could tell whether it woke as it was. `end` is what its
-    model becomes when it has gone, `was_ready` that it came as far as serving.
+    model becomes when it has gone, `was_ready` that it came as far as serving. `guess` is set where its last load or
+    wake was one.
     """
 
-    __slots__ = ("capacity", "credits", "device", "devices", "end", "id", "in_flight", "revision", "says", "served",
-                 "was_ready")  # fmt: skip
+    __slots__ = ("capacity", "credits", "device", "devices", "end", "guess", "id", "in_flight", "revision", "says",
+                 "served", "was_ready")  # fmt: skip
 
     def __init__(self, engine_id: str, device: str, spec: ModelSpec, partners: Sequence[str] = ()) -> None:
         self.id = engine_id
@@ -36,6 +47,7 @@ class EngineState:
         self.says: ProbeAnswered | None = None
         self.end = Residency.COLD
         self.was_ready = False
+        self.guess: Guess | None = None
         self.revision = spec.revision
         self.capacity = Capacity(spec.kv_tokens, spec.max_sequences)
         self.credits = Credits(self.capacity)
@@ -87,8 +99,8 @@ class ModelState:
     __slots__ = (
         "_place", "_wanted", "_wanted_order", "booked_bytes", "cause", "demand", "engine", "failures", "last_asked_s",
         "last_error", "last_used_s", "load_s", "load_started_s", "loads", "note", "output", "pace", "progress", "queue",
-        "ran_out", "removed", "retry_at_s", "seconds_to_load", "shares", "sleepless", "sleepless_times", "spec",
-        "state", "stop_cause", "ttl_armed", "wake_s",
+        "ran_out", "removed", "rested_s", "retry_at_s", "seconds_to_load", "shares", "sleepless", "sleepless_times",
+        "spec", "state", "stop_cause", "stopped_for", "ttl_armed", "wake_s",
     )  # fmt: skip
 
     def __init__(self, spec: ModelSpec, fairness: Fairness | None = None, wanted: Wanted | None = None) -> None:
@@ -106,6 +118,7 @@ class ModelState:
         self.demand = Demand()
         self.last_asked_s = 0.0  # when it last let somebody in, or became ready
         self.last_used_s = 0.0  # when its last answer ended
+        self.rested_s = 0.0  # the same, before it was last busy
         self.load_started_s = 0.0
         self.load_s = spec.load_estimate_s
         self.wake_s = spec.load_estimate_s / WAKE_SOONER
@@ -121,6 +134,7 @@ class ModelState:
         self.retry_at_s = 0.0
         self.last_error = ""
         self.stop_cause = StopCause.EVICTED  # meaningful while draining
+        self.stopped_for: StopCause | None = None  # why its last engine was given up
         self.removed = False
         self.ttl_armed = False
 
@@ -169,6 +183,19 @@ class ModelState:
             and self.engine.in_flight == 0
             and not len(self.queue)
             and self.wanted_order is None
+        )
+
+    @property
+    def guessed(self) -> bool:
+        """Its engine is here, or on its way, on a guess: nobody has asked for it so far."""
+        engine = self.engine
+        return (
+            engine is not None
+            and engine.guess is not None
+            and engine.guess.served == engine.served
+            and not engine.occupied
+            and not self.wanted
+            and self.state in (Residency.LOADING, Residency.WAKING, Residency.READY)
         )
 
     @property

@@ -113,6 +113,7 @@ class Tickets:
         assert engine is not None
         if not engine.in_flight:
             model.pace.began(now)
+            model.rested_s = model.last_used_s
         engine.in_flight += 1
         model.last_asked_s = now
         share_load(model, ticket.tenant, ticket.latency_class)

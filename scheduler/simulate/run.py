@@ -8,7 +8,7 @@ from math import inf
 
 import msgspec
 
-from scheduler.commands import Admit, Command, Load, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
 from scheduler.core import Core
 from scheduler.events import Arrived, EngineReady, EngineStopped, Event, Finished, Tick
 from scheduler.model import SchedulerSettings, Ticket
@@ -16,6 +16,7 @@ from scheduler.simulate.traces import Request
 
 # of what happens at one moment, places become free before they are asked for
 FINISH, READY, TICK, ARRIVE = range(4)
+STUCK_S = 3600.0  # after so long without any news but the time, nothing comes any more
 
 
 class Outcome(msgspec.Struct):
@@ -50,16 +51,21 @@ class Simulation:
         self._heap: list[tuple[float, int, int, Event]] = []
         self._count = 0
         self._link_free_s: dict[str, float] = {}
+        self._loading: dict[str, tuple[str, float]] = {}  # by engine: over which link, ready when
         self._wake_at = inf
+        self._to_end = len(requests)
+        self._news_at = 0.0
 
     def run(self) -> Outcome:
         """Until every request has ended."""
         for index, request in enumerate(self._requests):
-            ticket = Ticket(index, request.model, request.latency_class, request.tenant)
+            ticket = Ticket(index, request.model, request.latency_class, request.tenant, session=request.session)
             self._at(request.at_s, ARRIVE, Arrived(ticket))
-        while self._heap:
+        while self._heap and self._to_end and self.now - self._news_at < STUCK_S:
             self.now, kind, _, event = heapq.heappop(self._heap)
-            if kind == TICK and self.now != self._wake_at:
+            if kind != TICK:
+                self._news_at = self.now
+            elif self.now != self._wake_at:
                 continue  # a later WakeAt has replaced this one
             if kind == ARRIVE:
                 self._progress(1)
@@ -75,9 +81,11 @@ class Simulation:
         while waiting:
             event = waiting.pop(0)
             self._observe(event, self.now)
+            self._to_end -= isinstance(event, Finished)
             for command in self.core.step(event, self.now):
                 self._observe(command, self.now)
                 if isinstance(command, Stop):
+                    self._break_off(command.engine_id)
                     waiting.append(EngineStopped(command.engine_id))
                 else:
                     self._obey(command)
@@ -93,17 +101,36 @@ class Simulation:
                 link = "" if self._one_link else device
                 ready_s = max(self.now, self._link_free_s.get(link, 0.0)) + seconds
                 self._link_free_s[link] = ready_s
+                self._loading[engine_id] = link, ready_s
                 self.outcome.loads += 1
                 self.outcome.load_seconds += seconds
                 self._at(ready_s, READY, EngineReady(engine_id, model, device, seconds))
+            case Refuse():
+                self._to_end -= 1  # and keeps its infinite wait
             case WakeAt(at_s):
                 self._wake_at = at_s
                 self._at(at_s, TICK, Tick())
             case _:
-                pass  # a refused request keeps its infinite wait
+                pass
+
+    def _break_off(self, engine_id: str) -> None:
+        """A load that is stopped before it is ready leaves its link to the next."""
+        link, ready_s = self._loading.pop(engine_id, ("", 0.0))
+        if ready_s > self.now and self._link_free_s.get(link) == ready_s:
+            self._link_free_s[link] = self.now
+            self.outcome.load_seconds -= ready_s - self.now
 
 
-def endless_settings(deadline_s: float) -> SchedulerSettings:
-    """Nothing is refused, nothing is evicted before somebody waits; on time is `deadline_s` for every class."""
+def endless_settings(deadline_s: float, *, anticipate: bool = False) -> SchedulerSettings:
+    """Nothing is refused, nothing is evicted before somebody waits; on time is `deadline_s` for every class.
+
+    Without anticipation unless asked for: the policies are compared by the loads that requests cause.
+    """
     patience_s = (deadline_s, deadline_s, deadline_s, deadline_s, deadline_s)
-    return SchedulerSettings(pressure_threshold=1.0, max_wait_s=inf, max_waiting=1 << 40, patience_s=patience_s)
+    return SchedulerSettings(
+        pressure_threshold=1.0,
+        max_wait_s=inf,
+        max_waiting=1 << 40,
+        patience_s=patience_s,
+        anticipate=anticipate,
+    )

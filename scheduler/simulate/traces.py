@@ -1,8 +1,8 @@
 """Arrival traces from CSV files: who asked for which model when, and how long the answer was.
 
 Columns, by name, in any order: `t_s` or `t_ms` (arrival), `model` (the file's name where there is none),
-`output_tokens` or `duration_s` (how long the answer takes), and optionally `prompt_tokens`, `tenant`, `class`. Others
-are ignored.
+`output_tokens` or `duration_s` (how long the answer takes), and optionally `prompt_tokens`, `tenant`, `session`,
+`class`. Others are ignored.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Request(msgspec.Struct, frozen=True):
     duration_s: float | None = None
     tenant: str = ""
     latency_class: LatencyClass = LatencyClass.STANDARD
+    session: str = ""
 
 
 def read_trace(path: str | Path, until_s: float = math.inf) -> list[Request]:
@@ -79,6 +80,7 @@ def _rows(path: Path, lines: Iterator[list[str]]) -> Iterator[Request]:
             duration_s=row.get("duration_s", _seconds) if "duration_s" in columns else None,
             tenant=row.get("tenant", str) if "tenant" in columns else "",
             latency_class=row.get("class", _class) if "class" in columns else LatencyClass.STANDARD,
+            session=row.get("session", str) if "session" in columns else "",
         )
 
 

@@ -33,7 +33,7 @@ MiB = 1 << 20
 class Chaos:
     """Plays the engines, the clients and the machine at random; keeps its own books and compares."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, anticipate: bool = True) -> None:
         self.rng = random.Random(seed)
         models = [
             ModelSpec(
@@ -52,7 +52,9 @@ class Chaos:
             DeviceSpec("ram", "host", 1500 * MiB),
             *(DeviceSpec(f"gpu{i}", "nvidia", 1000 * MiB) for i in range(2)),
         ]
-        self.core = Core(devices, models, SchedulerSettings(pressure_threshold=0.9, max_wait_s=120.0))
+        self.core = Core(
+            devices, models, SchedulerSettings(pressure_threshold=0.9, max_wait_s=120.0, anticipate=anticipate)
+        )
         self.now = 0.0
         self.names = [m.name for m in models]
         self.waiting: set[int] = set()
@@ -106,6 +108,7 @@ class Chaos:
             self.rng.choice(list(LatencyClass)),
             weight_tokens=self.rng.choice((1, 30, 5000)),
             deadline_s=deadline,
+            session=self.rng.choice(("", "loop", "agent")),
         )
         self.waiting.add(ticket.id)
         self.feed(Arrived(ticket))
@@ -187,9 +190,10 @@ class Chaos:
         raise AssertionError(f"still waiting after a long calm: {self.waiting}, {self.core.models}")
 
 
+@pytest.mark.parametrize("anticipate", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_nothing_is_lost_whatever_happens(seed: int) -> None:
-    chaos = Chaos(seed)
+def test_nothing_is_lost_whatever_happens(seed: int, anticipate: bool) -> None:
+    chaos = Chaos(seed, anticipate=anticipate)
     for _ in range(1500):
         chaos.play()
         chaos.core.check()

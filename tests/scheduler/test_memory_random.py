@@ -26,7 +26,7 @@ from scheduler.policies.slack import Slack
 SEQUENCES, BATCHES = 1000, 20
 EVENTS = 120
 SIZE = 1000
-SETTINGS = SchedulerSettings(sleep_memory_bytes=900, pressure_threshold=1.0)
+SETTINGS = SchedulerSettings(sleep_memory_bytes=900, pressure_threshold=1.0, anticipate=True)
 
 
 class Machine:
