@@ -66,6 +66,7 @@ def settings_of(config: Config) -> SchedulerSettings:
         max_wait_s=config.timeouts.max_wait_s,
         max_waiting=config.limits.max_waiting,
         sleep_memory_bytes=byte_size(config.devices.sleep_memory),
+        anticipate=config.devices.anticipate,
     )
 
 

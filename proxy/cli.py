@@ -212,6 +212,7 @@ Examples:
     help="Cut the trace here.",
 )  # fmt: skip
 @click.option("--bounds/--no-bounds", default=True, help="Compare with the optimum (needs scipy).  [default: bounds]")
+@click.option("--anticipate", is_flag=True, help="Load early and hold swaps back, as a server does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a policy.")
 @click.option("--replay", metavar="LOG", help="Run a server's log again and compare every decision.")
 def simulate(
@@ -222,6 +223,7 @@ def simulate(
     engine: str,
     until_s: float,
     bounds: bool,
+    anticipate: bool,
     as_json: bool,
     replay: str | None,
 ) -> None:
@@ -242,7 +244,7 @@ def simulate(
         raise click.UsageError("nothing to run: name a trace with --trace FILE or a log with --replay LOG.")
     if policy not in (*names(), "all"):
         raise click.BadParameter(f"{policy!r} is none of {', '.join(names())}, all", param_hint="--policy")
-    simulate(Contest(traces, memory, policy, deadline_s, engine, until_s, bounds, as_json))
+    simulate(Contest(traces, memory, policy, deadline_s, engine, until_s, bounds, anticipate, as_json))
 
 
 @main.command(

@@ -41,6 +41,7 @@ class Contest(msgspec.Struct, frozen=True):
     engine: str
     until_s: float
     bounds: bool
+    anticipate: bool
     as_json: bool
 
 
@@ -145,7 +146,7 @@ def _trials(contest: Contest) -> list[Trial]:
         memory = byte_size(contest.memory)
         engine = read_engine(contest.engine)
         trials = [
-            Trial(path, read_trace(path, contest.until_s), engine, memory, contest.deadline_s)
+            Trial(path, read_trace(path, contest.until_s), engine, memory, contest.deadline_s, contest.anticipate)
             for path in contest.traces
         ]
     except (EngineFileError, TraceError) as error:

@@ -166,6 +166,13 @@ class DevicesConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         float,
         Key("Share of a device's memory above which idle models are evicted before anyone waits.", above=0, high=1),
     ] = 0.95
+    anticipate: Annotated[
+        bool,
+        Key(
+            "Whether models are loaded, or woken, into idle memory before they are asked for, and a swap is held back "
+            "for a moment when its victim is about to be used again."
+        ),
+    ] = True
     host_memory: Annotated[
         str | None,
         Key(

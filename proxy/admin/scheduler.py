@@ -28,6 +28,12 @@ def scheduler_view(scheduler: Scheduler, now: float) -> dict[str, Any]:
             "budget_bytes": core.placement.sleep_memory.budget,
             "held_bytes": core.placement.sleep_memory.held,
         },
+        "anticipation": {
+            "guesses_right": core.placement.guesses.right,
+            "guesses_wrong": core.placement.guesses.wrong,
+            "guesses_open": len(core.placement.guesses),
+            "swaps_held": core.placement.holding.held,
+        },
         "models": [_model(model, core.placement, now) for model in core.models.values()],
         "queues": queues(scheduler),
         "decisions": decisions(scheduler.decisions),

@@ -48,7 +48,7 @@ def _model(state: ModelState, model: ModelConfig | None, scheduler: Scheduler, n
         "base_url": url,
         "pids": scheduler.pids(engine.id) if engine is not None else [],
         "state": state.state.value,
-        "note": state.last_error if state.state is Residency.FAILED else state.note,
+        "note": _note(state, scheduler),
         "progress": round(state.progress, 3),
         "memory_bytes": state.booked_bytes,
         "measured_bytes": holding.measured if holding is not None else None,
@@ -59,6 +59,17 @@ def _model(state: ModelState, model: ModelConfig | None, scheduler: Scheduler, n
         "last_used_s": round(now - state.last_used_s, 1) if engine is not None else None,
         "loads": state.loads,
     }
+
+
+def _note(state: ModelState, scheduler: Scheduler) -> str:
+    """What there is to say of it: why it failed, why it is here before anybody asked, why it is not here yet."""
+    if state.state is Residency.FAILED:
+        return state.last_error
+    if state.guessed and state.engine is not None and state.engine.guess is not None:
+        return f"guessed: {state.engine.guess.why}"
+    if state.state in (Residency.COLD, Residency.ASLEEP) and scheduler.core.placement.holding.holds(state):
+        return "held back for a moment: what would leave is about to be used"
+    return state.note
 
 
 def _remote(model: ModelConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Call(msgspec.Struct):
     """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came.
 
     `names_model` is False when the body has no model and `model` is the default. `spans` says where the members lie
-    that may be spliced, if a scan found them.
+    that may be spliced, if a scan found them. `session` is what the caller says its conversation is.
     """
 
     endpoint: Endpoint
@@ -57,6 +57,7 @@ class Call(msgspec.Struct):
     max_output_tokens: int | None = None
     latency_class: LatencyClass = LatencyClass.STANDARD
     deadline_ms: float | None = None
+    session: str = ""
     priority: int | None = None
     request_id: str = ""
     tenant: str = ""

@@ -22,6 +22,7 @@ from scheduler.model import LatencyClass
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 BYTES_PER_TOKEN = 4  # of English and code, JSON around it included; only ever an estimate
+MOST_SESSION = 128  # characters
 SPLICED = ("model", "stream_options", "priority")
 
 
@@ -132,8 +133,14 @@ def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: i
         max_output_tokens=_max_output(fields),
         latency_class=_latency_class(headers.get("x-vramp-class"), defaults.latency_class),
         deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
+        session=session_of(headers),
         priority=fields.priority,
     )
+
+
+def session_of(headers: Mapping[str, str]) -> str:
+    """What the caller calls its conversation: any text, of which the beginning counts; "" where it says nothing."""
+    return headers.get("x-vramp-session", "")[:MOST_SESSION]
 
 
 def estimated_tokens(size: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scheduler.commands import Command, Load, Refuse, Stop
@@ -78,6 +78,17 @@ class SchedulerGauges(Collector):
                 waiting.add_metric([name, latency_class.name.lower()], float(model.queue.count(latency_class)))
         yield from (residency, in_flight, waiting)
         yield from self._devices(core)
+        yield from self._anticipation(core)
+
+    def _anticipation(self, core: Core) -> Iterable[Metric]:
+        guesses = CounterMetricFamily(
+            "vramp_guesses", "Models loaded or woken before anybody asked, by whether somebody did.", labels=["outcome"]
+        )
+        guesses.add_metric(["right"], float(core.placement.guesses.right))
+        guesses.add_metric(["wrong"], float(core.placement.guesses.wrong))
+        held = CounterMetricFamily("vramp_swaps_held", "Swaps held back because the victim was about to be used.")
+        held.add_metric([], float(core.placement.holding.held))
+        yield from (guesses, held)
 
     def _devices(self, core: Core) -> Iterable[Metric]:
         memory = GaugeMetricFamily("vramp_device_memory_bytes", "Memory of a device by use.", labels=["device", "use"])

@@ -21,7 +21,7 @@ import msgspec
 
 from ext.relay import TICK_S, Client, Relay
 from ext.relay import Exchange as RelayExchange
-from proxy.dialects.decode import estimated_tokens
+from proxy.dialects.decode import estimated_tokens, session_of
 from proxy.dialects.splice import edits_of
 from proxy.errors import CallError
 from proxy.gate.limits import withdraw
@@ -39,7 +39,7 @@ from proxy.server.targets import Target, Targets
 log = logging.getLogger("vramp.server")
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
-KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", *FORWARDED)
+KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
 FOREIGN = ("expect", "upgrade", "transfer-encoding", "content-encoding", "trailer", "http2-settings", "x-vramp-")
 
@@ -210,6 +210,7 @@ class FastLane:
             return False  # it may go together with others
         call = copy(plan.call)
         call.tenant, call.prompt_tokens_estimate = outcome.tenant, estimated_tokens(outcome.bytes_in)
+        call.session = session_of(exchange.client.headers)
         ticket = ticket_for(call, plan.candidate, plan.state, leases, outcome)
         lease = leases.lease_now(ticket)
         if lease is None:

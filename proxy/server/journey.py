@@ -277,6 +277,7 @@ def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, o
         weight_tokens=call.prompt_tokens_estimate + (call.max_output_tokens or 0),
         deadline_s=None if limit_ms is None else outcome.started_s + limit_ms / 1000,
         open_ended=call.max_output_tokens is None and call.endpoint.streams,
+        session=call.session,
     )
 
 

@@ -70,14 +70,15 @@ class Trial(msgspec.Struct, frozen=True):
     engine: Engine
     memory_bytes: int
     deadline_s: float
+    anticipate: bool = False
 
     def specs(self) -> list[ModelSpec]:
         """The models of the trace."""
         return self.engine.specs(request.model for request in self.requests)
 
-    def core(self, ordering: Ordering, eviction: Eviction) -> Core:
+    def core(self, ordering: Ordering, eviction: Eviction, *, anticipate: bool = False) -> Core:
         """A fresh core over one device of the trial's memory."""
-        settings = endless_settings(self.deadline_s)
+        settings = endless_settings(self.deadline_s, anticipate=anticipate)
         return Core([device(self.memory_bytes)], self.specs(), settings, ordering=ordering, eviction=eviction)
 
 
@@ -131,7 +132,7 @@ def bounds_of(trial: Trial) -> Bounds:
 def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Callable[[int], None]) -> Result:
     """Run the policy: once with its ordering, once in arrival order for its load cost alone."""
     begun = time.perf_counter()
-    core = trial.core(policy.ordering(), policy.eviction())
+    core = trial.core(policy.ordering(), policy.eviction(), anticipate=trial.anticipate)
     outcome = Simulation(core, trial.engine.service_s, trial.requests, progress=progress).run()
     cost_s = load_cost(trial.core(Fifo(), policy.eviction()), trial.requests)
     run_s = time.perf_counter() - begun

@@ -19,21 +19,22 @@ from scheduler.simulate.traces import Request
 OPENING = Opening((DeviceSpec("ram", "host", 1000),), (ModelSpec("a", 700, "host"),), SchedulerSettings())
 
 
-def busy_life(path: Path, most_bytes: int = 1 << 30) -> int:
+def busy_life(path: Path, most_bytes: int = 1 << 30, *, anticipate: bool = False) -> int:
     """A simulated hour of many swaps, recorded; returns how many requests there were."""
     rng = random.Random(5)
     names = [f"m{i}" for i in range(8)]
     requests = [Request(0.3 * i, names[min(7, int(rng.expovariate(0.4)))], 20, rng.randrange(300)) for i in range(600)]
     specs = tuple(REFERENCE.specs(names))
-    opening = Opening((device(72 * GiB),), specs, endless_settings(10.0))
+    opening = Opening((device(72 * GiB),), specs, endless_settings(10.0, anticipate=anticipate))
     recorder = Recorder(path, opening, most_bytes)
     Simulation(RecordedCore(opening, recorder), REFERENCE.service_s, requests).run()
     recorder.close()
     return len(requests)
 
 
-def test_a_replay_takes_the_same_decisions(tmp_path: Path) -> None:
-    count = busy_life(tmp_path / "log")
+@pytest.mark.parametrize("anticipate", [False, True])
+def test_a_replay_takes_the_same_decisions(tmp_path: Path, anticipate: bool) -> None:
+    count = busy_life(tmp_path / "log", anticipate=anticipate)
     result = replay(tmp_path / "log")
     assert result.difference is None
     assert result.events >= 2 * count

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.dialects.call import Call
-from proxy.dialects.decode import Defaults, decode
+from proxy.dialects.decode import MOST_SESSION, Defaults, decode
 from proxy.dialects.endpoints import ENDPOINTS
 from proxy.errors import InvalidRequest
 from scheduler.model import LatencyClass
@@ -20,6 +20,13 @@ def test_what_deciding_needs_is_read_and_the_body_kept() -> None:
     assert (read.model, read.stream, read.wants_usage, read.priority) == ("m", True, True, 3)
     assert (read.latency_class, read.deadline_ms) == (LatencyClass.BATCH, 1.5)
     assert read.prompt_tokens_estimate == len(body) // 4
+    assert read.session == ""
+
+
+def test_a_session_is_any_text_and_its_beginning_counts() -> None:
+    body = b'{"model":"m","messages":[]}'
+    assert call("/v1/chat/completions", body, x_vramp_session="agent 7").session == "agent 7"
+    assert call("/v1/chat/completions", body, x_vramp_session="x" * 5000).session == "x" * MOST_SESSION
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,13 @@ async def test_an_ordinary_call_stays_in_the_fast_lane(fast: Proxy, handed_over:
     assert handed_over == []
 
 
+async def test_each_call_of_one_kind_keeps_its_own_session(fast: Proxy, handed_over: list[bytes]) -> None:
+    for header in ((b"x-vramp-session: one",), (b"x-vramp-session: two",), ()):
+        await answer_to(fast, request(call(), CHAT, *header))
+    assert [ticket.session for ticket in fast.scheduler.tickets] == ["one", "two", ""]
+    assert handed_over == []
+
+
 async def test_a_lease_that_is_not_free_is_waited_for_in_the_ordinary_lane(
     fast: Proxy, handed_over: list[bytes]
 ) -> None:
