@@ -9,15 +9,17 @@ import pytest
 
 from scheduler import anticipation
 from scheduler.anticipation import LOOK_S
-from scheduler.commands import Command, Load, Probe, Sleep, Stop, Wake
+from scheduler.commands import Command, Credit, Load, Probe, Sleep, Stop, Wake
 from scheduler.core import Core
 from scheduler.events import (
     Arrived,
     Asleep,
     ConfigChanged,
+    CreditAsked,
     EngineFailed,
     EngineReady,
     EngineStopped,
+    HolderCame,
     LoadAsked,
     ProbeAnswered,
     UnloadAsked,
@@ -328,6 +330,35 @@ def test_nobody_is_charged_for_a_guess(hopeful: Callable[..., World]) -> None:
     assert w.core.models["a"].cause is None
     w.ready(load)
     assert w.core.models["a"].shares is None
+
+
+def test_no_credit_is_lent_on_an_unused_guess_so_that_it_can_go_at_once(hopeful: Callable[..., World]) -> None:
+    w = hopeful(a=spec("a", 700, max_sequences=8), real=1000)
+    load = guessed(w, "a")
+    w.step(HolderCame(1))
+    assert w.ready(load) == []
+    assert w.step(CreditAsked(1, "a")) == []
+    _, commands = w.arrive("real")
+    assert kinds(commands) == ["kill a"]
+
+
+def test_credit_is_lent_on_a_guess_once_it_is_used(hopeful: Callable[..., World]) -> None:
+    w = hopeful(a=spec("a", 700, max_sequences=8))
+    load = guessed(w, "a")
+    w.step(HolderCame(1))
+    w.ready(load)
+    ticket, commands = w.arrive("a")
+    commands += w.finish(ticket)
+    commands += w.step(CreditAsked(1, "a"))
+    assert any(isinstance(each, Credit) for each in commands)
+
+
+def test_nothing_is_guessed_while_another_version_takes_over(hopeful: Callable[..., World]) -> None:
+    w = hopeful(a=700)
+    used(w, "a")
+    away(w, "a")
+    w.core.placement.pause()
+    assert look(w) == []
 
 
 def test_guesses_are_counted_by_what_became_of_them(hopeful: Callable[..., World]) -> None:
