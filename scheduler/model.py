@@ -61,7 +61,8 @@ class Ticket(msgspec.Struct, frozen=True):
 
     `weight_tokens`: its prompt and the most it may answer; of one that is `open_ended` (no limit to its answer) the
     prompt alone, to which the scheduler adds what it expects. `session` is what its tenant calls the conversation that
-    it belongs to, "" where that is not said.
+    it belongs to, "" where that is not said. Tickets of one `prefix` (below 2^63, 0: unknown) begin with the same
+    prompt, which their engine need read only once.
     """
 
     id: int
@@ -72,6 +73,7 @@ class Ticket(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
     open_ended: bool = False
     session: str = ""
+    prefix: int = 0
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

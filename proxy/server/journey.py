@@ -21,7 +21,7 @@ from aiohttp import web
 from proxy.catalog.catalog import Deployment
 from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Call, Endpoint
-from proxy.dialects.decode import decode
+from proxy.dialects.decode import decode, prefix_of
 from proxy.dialects.endpoints import WITH_PRIORITY, WITH_STREAM_OPTIONS
 from proxy.dialects.splice import splice
 from proxy.errors import CallError, InvalidRequest, NotFound, Unavailable, UpstreamFailed, UpstreamTimedOut
@@ -278,6 +278,7 @@ def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, o
         deadline_s=None if limit_ms is None else outcome.started_s + limit_ms / 1000,
         open_ended=call.max_output_tokens is None and call.endpoint.streams,
         session=call.session,
+        prefix=prefix_of(call.body),
     )
 
 

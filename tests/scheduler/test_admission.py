@@ -34,8 +34,9 @@ class Queue:
         *,
         now: float = 0.0,
         overdue_s: float = inf,
+        prefix: int = 0,
     ) -> None:
-        ticket = Ticket(number, "m", latency_class, tenant, tokens)
+        ticket = Ticket(number, "m", latency_class, tenant, tokens, prefix=prefix)
         self.tickets[number] = Waiting(ticket, number, now, now + 10.0, overdue_s, tokens)
         self.queue.push(self.tickets[number])
         self.check()
@@ -69,6 +70,20 @@ def test_the_shorter_class_goes_first_and_inside_a_tenant_who_came_first() -> No
     it.push(2)
     it.push(3)
     assert it.take() == [2, 3, 1]
+
+
+def test_prompts_that_begin_alike_go_one_after_the_other_where_all_of_them_go_now() -> None:
+    it = Queue()
+    for number in range(1, 7):
+        it.push(number, prefix=(11, 22, 0)[number % 3])
+    assert it.take() == [1, 4, 2, 3, 6, 5]
+
+
+def test_a_prompt_that_begins_like_one_that_goes_takes_nobodys_turn() -> None:
+    it = Queue(sequences=2)
+    for number, prefix in ((1, 11), (2, 22), (3, 11)):
+        it.push(number, prefix=prefix)
+    assert it.take() == [1, 2]
 
 
 def test_of_the_overdue_only_every_fourth_grant_goes_out_of_turn() -> None:

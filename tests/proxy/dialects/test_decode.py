@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.dialects.call import Call
-from proxy.dialects.decode import MOST_SESSION, Defaults, decode
+from proxy.dialects.decode import MOST_SESSION, Defaults, decode, prefix_of
 from proxy.dialects.endpoints import ENDPOINTS
 from proxy.errors import InvalidRequest
 from scheduler.model import LatencyClass
@@ -21,6 +21,13 @@ def test_what_deciding_needs_is_read_and_the_body_kept() -> None:
     assert (read.latency_class, read.deadline_ms) == (LatencyClass.BATCH, 1.5)
     assert read.prompt_tokens_estimate == len(body) // 4
     assert read.session == ""
+
+
+def test_bodies_that_begin_alike_have_one_prefix_and_short_ones_have_none() -> None:
+    system = b'{"model":"m","messages":[{"role":"system","content":"' + b"You are a coder. " * 80
+    assert prefix_of(system + b'"},1]}') == prefix_of(system + b'"},2]}') != 0
+    assert prefix_of(system.replace(b"coder", b"poet") + b'"},1]}') not in (0, prefix_of(system + b'"},1]}'))
+    assert prefix_of(b'{"model":"m","messages":[]}') == 0
 
 
 def test_a_session_is_any_text_and_its_beginning_counts() -> None:

@@ -222,9 +222,11 @@ async def test_the_ticket_says_what_the_scheduler_must_know(proxy: Proxy) -> Non
     await proxy.session.post(
         "/v1/chat/completions",
         json={"model": "demo-chat", "messages": ["x" * 4000], "max_tokens": 100, "n": 3},
-        headers={"x-vramp-class": "Fast", "x-vramp-deadline-ms": "1500"},
+        headers={"x-vramp-class": "Fast", "x-vramp-deadline-ms": "1500", "x-vramp-session": "agent 7"},
     )
     ticket = proxy.scheduler.tickets[-1]
+    assert ticket.session == "agent 7"
+    assert ticket.prefix
     assert (ticket.model, ticket.tenant, ticket.latency_class) == ("demo-chat", "local", LatencyClass.FAST)
     assert 1300 <= ticket.weight_tokens < 1400
     assert ticket.deadline_s is not None
