@@ -82,8 +82,8 @@ def serve(
     """Serve models until Ctrl-C.
 
     Without --config it serves the models that --model names; without either, the demo. It first checks what would
-    fail later: ports, memory, disk, compiler, model folders. SIGHUP reads the configuration again, SIGTERM lets
-    requests in flight finish.
+    fail later: ports, memory, disk, compiler, model folders. SIGHUP or a changed file reads the configuration again,
+    SIGUSR2 starts a new version beside the old one, SIGTERM lets requests in flight finish.
     """
     from proxy.cli_serve import serve
     from proxy.config_load import Start

@@ -27,6 +27,8 @@ RESTART: Final = (
     "observe.access_log",
     "observe.log_level",
 )
+# of those: what the keeper has, so that a new version of the proxy beside the old one (SIGUSR2) is not enough
+KEEPERS: Final = ("server.listen", "server.admin_listen", "server.hang_limit_s", "store.dir")
 RESTART_NOTE: Final = "(needs a restart; until then the old value holds)"
 # what a restart begins or ends, and a reload changes
 SWITCHED: Final = ("server.tls_cert", "server.tls_key")

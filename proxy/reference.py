@@ -18,7 +18,7 @@ import msgspec
 
 from proxy.cli import main as command_line
 from proxy.config import Config, Key
-from proxy.config_diff import RESTART
+from proxy.config_diff import KEEPERS, RESTART
 from proxy.config_shape import range_words, section_of, unit_of, unwrap
 
 ROOT: Final = Path(__file__).parent.parent
@@ -55,7 +55,8 @@ file, `vramp serve` serves what `--model PATH` names, or the demo.
   `vramp check FILE` shows them without starting anything.
 - **Reload**: SIGHUP reads the file again, and so does a change of it or of a file that it names for secrets, a second
   or two later (`reload_on_change`). A file with an error changes nothing.
-  {restart} need a restart.
+  {restart} need a restart;
+  SIGUSR2 ([lifecycle.md](lifecycle.md)) is enough for all of these but {keepers}.
 
 Written from the code by `python -m proxy.reference`.
 """
@@ -120,7 +121,8 @@ def _header(bare: Any, path: str) -> str:
 
 def _config_page() -> str:
     restart = ", ".join(f"`{key}`" for key in RESTART)
-    lines = [CONFIG_HEAD.format(restart=restart)]
+    keepers = ", ".join(f"`{key}`" for key in KEEPERS)
+    lines = [CONFIG_HEAD.format(restart=restart, keepers=keepers)]
     lines += _config_sections(Config, "")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 
 import msgspec
@@ -52,7 +53,15 @@ class Upgrade:
 
     async def _hand_over(self) -> None:
         await self._scheduler.settled()
-        # No await from here on: each connection is ours or in the listen queue, each lease is out here or there.
+        try:
+            self._give()
+        except Exception:
+            # Half of it may be the other's already. Our death hands over the rest, as a crash does.
+            log.critical("the hand-over failed: this version ends, the new one goes on", exc_info=True)
+            os._exit(1)
+
+    def _give(self) -> None:
+        """In one turn of the loop: each connection is ours or in the listen queue, each lease is out here or there."""
         self._stop_accepting()
         self._leaver = Leaver(self._link.peer)
         self._link.on_peer = self._leaver.hear

@@ -85,11 +85,13 @@ def test_a_reload_that_would_leave_an_open_port_without_keys_is_refused(config: 
             assert json.dumps(served.ask("/v1/chat/completions", body, key))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_https_is_served_and_a_renewed_certificate_is_used_without_being_told(
-    config: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     first, second = (make_pair(config.parent / name) for name in ("first", "second"))
-    config.write_text(CONFIG.replace("[server]", '[server]\ntls_cert = "first/cert.pem"\ntls_key = "first/key.pem"'))
+    tls = f'workers = {workers}\ntls_cert = "first/cert.pem"\ntls_key = "first/key.pem"'
+    config.write_text(CONFIG.replace("[server]", f"[server]\n{tls}"))
     monkeypatch.setenv("SSL_CERT_FILE", str(first.cert))  # what this process trusts
     served = Served(config, config.parent)
     served.url = f"https://127.0.0.1:{served.port}"
