@@ -506,22 +506,33 @@ cdef char* _grown(char* buffer, size_t* cap, size_t size) except NULL:
 cdef class Listener(Conn):
     """A listening socket. Whoever opened it closes it; a copy of the descriptor is ours."""
 
-    cdef int _ready(self, unsigned events) except -1:
+    def accept(self, int most):
+        """Take connections that are there; how many there were, `most` at most, or -1 if there is no descriptor for
+        one. For a listener that is not watched."""
+        if self._closed:
+            return 0
+        self._relay._now = vr_now()
+        return self._accept(most)
+
+    cdef int _accept(self, int most) except -2:
         cdef char peer[64]
-        cdef int _turn, fd
+        cdef int turn, fd
         cdef Client client
-        for _turn in range(ACCEPTS):
+        for turn in range(most):
             fd = vr_accept(self._fd, peer, sizeof(peer))
             if fd < 0:
-                if errno != EAGAIN and errno != EINTR and errno != ECONNABORTED:
-                    # No descriptors are left: the clients wait in the listen queue, and we look again in a while.
-                    self._watch(0)
-                    self._limit_at(self._relay._now + SECOND)
-                return 0
+                return turn if errno == EAGAIN or errno == EINTR or errno == ECONNABORTED else -1
             client = Client.__new__(Client)
             client._remote = (<bytes>peer).decode()
             client._open(self._relay, fd, EPOLLIN | EPOLLRDHUP)
             client._await(self._relay._keepalive)
+        return most
+
+    cdef int _ready(self, unsigned events) except -1:
+        if self._accept(ACCEPTS) < 0:
+            # No descriptors are left: the clients wait in the listen queue, and we look again in a while.
+            self._watch(0)
+            self._limit_at(self._relay._now + SECOND)
         return 0
 
     cdef int _expired(self) except -1:
@@ -1545,10 +1556,12 @@ cdef class Relay:
         """How many connections are open, to both sides, listeners included."""
         return len(self._open_conns)
 
-    def listen(self, int fd):
-        """Accept from this listening socket. The descriptor, not blocking, is ours from now on."""
+    def listen(self, int fd, bint watched=True):
+        """Accept from this listening socket: as connections come, or where it is not `watched`, when told to. The
+        descriptor, not blocking, is ours from now on."""
         cdef Listener listener = Listener.__new__(Listener)
-        listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE)
+        listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE if watched else 0)
+        return listener
 
     def stop_listening(self):
         """Accept nothing more; what is in the listen queue stays there."""

@@ -101,7 +101,7 @@ class Worker:
         self._background(self._start(self._serving))
 
     async def _start(self, serving: Serving) -> None:
-        await serving.start(self._sockets)
+        await serving.start(self._sockets, shared=True)
         self._channel.send(messages.Serving())
 
     async def _finish(self) -> None:

@@ -35,6 +35,7 @@ from proxy.server.packing import PATH as EMBEDDINGS
 from proxy.server.record import PASSED, PASSED_PREFIXES
 from proxy.server.state import State
 from proxy.server.targets import Target, Targets
+from proxy.server.turns import Turns
 
 log = logging.getLogger("vramp.server")
 
@@ -69,8 +70,11 @@ class Serves(Protocol):
 class FastLane:
     """Accepts connections, and decides on their requests. `http` goes on with those that are not for here."""
 
-    def __init__(self, handler: Handler, http: Serves, *, keepalive_s: float) -> None:
+    def __init__(self, handler: Handler, http: Serves, *, keepalive_s: float, shared: bool = False) -> None:
+        """`shared`: other processes accept from the same sockets."""
         self.handler = handler
+        self._shared = shared
+        self._turns: list[Turns] = []
         self.dates = Dates()
         self._http = http
         self._loop = asyncio.get_running_loop()
@@ -93,7 +97,11 @@ class FastLane:
     def listen(self, listening: socket.socket) -> None:
         """Accept from this socket, which is ours from now on."""
         listening.setblocking(False)
-        self._relay.listen(listening.detach())
+        if not self._shared:
+            self._relay.listen(listening.detach())
+            return
+        listener = self._relay.listen(listening.dup().detach(), watched=False)
+        self._turns.append(Turns(listening, listener.accept))
 
     @property
     def now_s(self) -> float:
@@ -104,6 +112,8 @@ class FastLane:
 
     def stop(self) -> None:
         """Accept nothing more; connections go on."""
+        for turns in self._turns:
+            turns.close()
         self._relay.stop_listening()
 
     def cut_off(self) -> None:
@@ -114,6 +124,7 @@ class FastLane:
         """Close all connections."""
         if self._timer is None:
             return
+        self.stop()
         self._relay.close()
         self._loop.remove_reader(self._relay.fileno())
         self._timer.cancel()

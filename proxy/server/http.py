@@ -42,6 +42,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_header: int = 65536
     keepalive_s: float = 75.0
     write_stall_s: float = 60.0
+    shared: bool = False  # other processes accept from the same sockets
 
 
 class Protocol(RequestHandler):
@@ -248,7 +249,7 @@ async def start(
     loop = asyncio.get_running_loop()
     protocol = HttpServer(handler, limits)
     if fast and Relay is not None and tls is None:
-        lane = FastLane(handler, protocol, keepalive_s=limits.keepalive_s)
+        lane = FastLane(handler, protocol, keepalive_s=limits.keepalive_s, shared=limits.shared)
         for each in sockets:
             each.listen(BACKLOG)
             lane.listen(each.dup())

@@ -115,10 +115,12 @@ class Serving:
         """Whether new requests are welcome."""
         return self._handler.ready
 
-    async def start(self, sockets: Sequence[socket.socket]) -> None:
-        """Serve on these listening sockets, which stay the caller's."""
+    async def start(self, sockets: Sequence[socket.socket], *, shared: bool = False) -> None:
+        """See `Front`. `shared`: other processes accept from the same sockets."""
         limits = http.Limits(
-            max_header=byte_size(self._config.limits.max_header), write_stall_s=self._config.timeouts.write_stall_s
+            max_header=byte_size(self._config.limits.max_header),
+            write_stall_s=self._config.timeouts.write_stall_s,
+            shared=shared,
         )
         server = self._config.server
         self._tls = Tls(server) if server.tls_cert else None

@@ -144,6 +144,7 @@ def test_both_workers_serve_and_models_trade_places(served: Served) -> None:
     for each in streams:
         assert each.first.wait(20)
     served.wait(lambda: sum(worker["in_flight"] for worker in workers(served)) == 16, "not all are counted", 10)
+    assert all(worker["in_flight"] for worker in workers(served)), workers(served)
     assert all(each.whole() for each in streams)
     for model in "abca":
         assert chat(served, model)["model"] == model

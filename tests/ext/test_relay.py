@@ -229,6 +229,26 @@ def test_a_listener_that_stopped_hears_nothing_of_a_socket_that_others_go_on_wit
         stopped.relay.close()
 
 
+def test_a_listener_that_is_not_watched_takes_as_many_as_it_is_told_to() -> None:
+    harness = Harness()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        listener = harness.relay.listen(os.dup(listening.fileno()), watched=False)
+        before = harness.relay.connections
+        clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+        assert not harness.pump(0.01), "nothing is taken unasked"
+        assert (listener.accept(2), listener.accept(2), listener.accept(2)) == (2, 1, 0)
+        assert harness.relay.connections == before + 3
+        clients[0].sendall(RECOGNISED["plain"])
+        assert harness.pump()
+        assert harness.owner.seen
+        harness.relay.stop_listening()
+        assert listener.accept(1) == 0
+        for each in clients:
+            each.close()
+    harness.relay.close()
+
+
 def as_aiohttp_reads(data: bytes) -> list[tuple[str, str, dict[str, str], bytes]]:
     """Every whole request in these bytes; raises where aiohttp refuses them."""
     loop = asyncio.new_event_loop()
