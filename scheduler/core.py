@@ -222,12 +222,13 @@ class Core:
         model.last_used_s = now
         model.failures = 0
         out = tickets.admit_waiting(model, now) if model.state is Residency.READY and len(model.queue) else []
-        if not engine.in_flight:
-            model.pace.ended(now)
-            out += self._lifecycle.became_idle(model)
-            if model.state is not Residency.READY:
-                return self._with_wake(out + self._plan(now))
-        return self._with_wake(out + self._plan_soon(now)) if tickets.waiting else self._with_wake(out)
+        if engine.in_flight:
+            return self._with_wake(out + self._plan_soon(now)) if tickets.waiting else out
+        model.pace.ended(now)
+        out += self._lifecycle.became_idle(model)
+        if model.state is not Residency.READY:
+            return self._with_wake(out + self._plan(now))
+        return self._with_wake(out + self._plan_soon(now) if tickets.waiting else out)
 
     def cancel(self, ticket_id: int, now: float) -> list[Command]:
         """A caller has gone, waiting or admitted. O(1) for an admitted ticket, else as `_plan`."""
