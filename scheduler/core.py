@@ -223,7 +223,9 @@ class Core:
         model.failures = 0
         out = tickets.admit_waiting(model, now) if model.state is Residency.READY and len(model.queue) else []
         if engine.in_flight:
-            return self._with_wake(out + self._plan_soon(now)) if tickets.waiting else out
+            if tickets.waiting or self._lending:
+                return self._with_wake(out + self._plan_soon(now) if tickets.waiting else out)
+            return out  # nothing has happened that anything could be due for
         model.pace.ended(now)
         out += self._lifecycle.became_idle(model)
         if model.state is not Residency.READY:
