@@ -15,9 +15,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -60,6 +60,7 @@ from scheduler.record import Opening, RecordedCore, Recorder, free_path
 
 log = logging.getLogger("vramp")
 
+T = TypeVar("T")
 Listeners = Mapping[str, Sequence[socket.socket]]
 
 REFUSED = 2  # the keeper does not start us again: this configuration cannot be served
@@ -90,14 +91,19 @@ class App:
         self._devices = devices_of(self._config)
         self._catalog = Catalog(self._config)
         self._locals = locals_of(self._config, self._catalog, self._devices)
-        self._workers: Workers | None = None  # none: this process serves
+        count = worker_count(self._config.server)
+        # none: this process serves
+        self._workers = Workers(count, self._config, secrets) if count > 1 else None
         self._metrics = Metrics(lambda: self._workers.counts() if self._workers else ())
         self._scheduler_metrics = SchedulerMetrics(self._metrics.registry)
 
     async def run(self) -> None:
         """Serve until SIGTERM, then drain; or until another proxy has taken over, then finish."""
-        handed = await self._handed_over()
         self.on_signals()
+        handed = await self._unless_stopped(self._handed_over())
+        if handed is None:
+            await self._close()
+            return
         adoptable = await self._supervisor.adopt()
         footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
         engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
@@ -157,8 +163,7 @@ class App:
         return RecordedCore(opening, self._recorder)
 
     def _serving(self) -> Front:
-        count = worker_count(self._config.server)
-        if count == 1:
+        if self._workers is None:
             return Serving(
                 self._config,
                 self._secrets,
@@ -167,7 +172,7 @@ class App:
                 counters=RateCounters(),
                 residency=self._residency,
             )
-        self._workers = Workers(count, self._config, self._secrets, self._scheduler)
+        self._workers.scheduler = self._scheduler
         return self._workers
 
     async def _admin(self, sockets: Sequence[Any]) -> web.AppRunner:
@@ -256,7 +261,10 @@ class App:
     # ---------------------------------------------------------------- upgrades
 
     async def _handed_over(self) -> dict[str, HandedEngine]:
-        """What the proxy before us serves, once it has stopped accepting; nothing when there is none."""
+        """What the proxy before us serves, once it has stopped accepting; nothing when there is none. What takes time
+        and can be done before that is done before."""
+        if self._workers is not None:
+            await self._workers.prepare(self._listeners.get("http", []))
         self._link.on_peer, self._link.on_left = self._guests.hear, self._guests.gone
         handed = msgspec.convert(await self._link.take_over() or [], list[HandedEngine])
         return {engine.engine_id: engine for engine in handed}
@@ -264,16 +272,13 @@ class App:
     async def _finish(self) -> None:
         """Another proxy serves: finish what is in flight here. A SIGTERM hurries."""
         log.info("handed over: %d requests in flight are finished here", self._front.in_flight)
-        finished, stopped = asyncio.create_task(self._finish_all()), asyncio.create_task(self._until(Order.STOP))
-        await asyncio.wait([finished, stopped], return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
+        if not await self._unless_stopped(self._finished()):
             await self._front.drain(self._config.server.drain_s)
-        for task in (finished, stopped):
-            task.cancel()
 
-    async def _finish_all(self) -> None:
+    async def _finished(self) -> bool:
         await self._runner.cleanup()  # operators find the other by connecting again
         await self._front.finish()
+        return True
 
     # ----------------------------------------------------------------- signals
 
@@ -289,6 +294,14 @@ class App:
         while (order := await self._orders.next()) is Order.RELOAD:
             await self.reload()
         return order
+
+    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T | None:
+        """What this comes to; None when we are told to stop before it does."""
+        working, stopped = asyncio.create_task(work), asyncio.create_task(self._until(Order.STOP))
+        await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)
+        for task in (working, stopped):
+            task.cancel()
+        return working.result() if working.done() else None
 
     async def _until(self, wanted: Order) -> None:
         while await self._orders.next() is not wanted:

@@ -51,6 +51,7 @@ class Worker:
     async def run(self, connection: socket.socket) -> None:
         """Serve until told to leave."""
         await self._channel.open(connection)
+        self._channel.send(Counted(self._metrics.snapshot()))  # all is imported: the proxy may be waiting for that
         await self._leave.wait()
         for task in self._tasks:
             task.cancel()

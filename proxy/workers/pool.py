@@ -9,13 +9,14 @@ hold credit that others wait for. What it held comes back by its desk; its count
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -46,6 +47,7 @@ log = logging.getLogger("vramp.workers")
 COUNT_EVERY_S = 1.0
 COUNT_LIMIT_S = 0.5  # for a metrics page
 HANGS_S = 30.0
+PREPARE_S = 30.0
 LEAVE_S = 5.0  # for the last words to clients and the access log's last lines
 FAST_DEATH_S = 5.0
 PAUSE_FIRST_S, PAUSE_LIMIT_S = 0.1, 5.0
@@ -74,21 +76,12 @@ class Worker:
         """0 before it was started."""
         return self._process.pid if self._process is not None else 0
 
-    async def start(self, argv: Sequence[str], sockets: Sequence[socket.socket], shared_fd: int) -> None:
-        """Start the process and open the channel to it. Raises OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            inherited = (theirs.fileno(), shared_fd, *(each.fileno() for each in sockets))
-            env = {
-                **os.environ,
-                "VRAMP_WORKER_FD": str(theirs.fileno()),
-                "VRAMP_SHARED_FD": str(shared_fd),
-                "VRAMP_LISTEN_FDS": ",".join(f"http={each.fileno()}" for each in sockets),
-            }
-            self._process = _spawn(argv, env, inherited)
+    async def begin(self, started: Started) -> None:
+        """Watch the process, and open the channel to it."""
+        self._process = started.process
         self._end = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._end, self._ended)
-        await self._channel.open(ours)
+        await self._channel.open(started.connection)
 
     def kill(self) -> None:
         """End it at once."""
@@ -135,14 +128,16 @@ class Worker:
 class Workers:
     """So many worker processes; `proxy.server.serving.Front` over several."""
 
-    def __init__(self, count: int, config: Config, secrets: ResolvedSecrets, scheduler: Scheduler) -> None:
+    scheduler: Scheduler  # to be set before `start`
+
+    def __init__(self, count: int, config: Config, secrets: ResolvedSecrets) -> None:
         self._count = count
-        self._scheduler = scheduler
         self._config, self._secrets = config, secrets
         self._argv = [sys.executable, "-m", "proxy.worker"]
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
         self._workers: list[Worker | None] = [None] * count
+        self._prepared: dict[int, tuple[int, Started]] = {}
         self._fast_deaths = [0] * count
         self._next_holder = 1
         self._kept = Counts()  # of workers that have gone
@@ -165,10 +160,22 @@ class Workers:
         """Whether somebody accepts and new requests are welcome."""
         return not self._draining and any(worker.serving.is_set() for worker in self._living())
 
+    async def prepare(self, sockets: Sequence[socket.socket]) -> None:
+        """Start the processes; returns when they have imported what they need. They do nothing until `start`, which
+        is a matter of milliseconds then: in an upgrade clients wait for it. Without it, `start` starts them."""
+        self._sockets = list(sockets)
+        for slot in range(self._count):
+            with contextlib.suppress(OSError):  # `start` tries again, and says what is wrong
+                self._prepared[slot] = self._spawn(slot)
+        waits = [_readable(started.connection) for _, started in self._prepared.values()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PREPARE_S):
+                await asyncio.gather(*waits)
+
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Start the workers; returns when all of them accept."""
         self._sockets = list(sockets)
-        self._scheduler.on_credit = self._on_credit
+        self.scheduler.on_credit = self._on_credit
         for slot in range(self._count):
             await self._start(slot)
         await asyncio.gather(*(worker.serving.wait() for worker in self._living()))
@@ -257,11 +264,11 @@ class Workers:
     # ---- processes
 
     async def _start(self, slot: int) -> None:
-        holder, self._next_holder = self._next_holder, self._next_holder + 1
-        worker = Worker(holder, self._scheduler, lambda _: self._ended(slot))
         try:
-            argv = [*self._argv, str(holder), str(slot), str(self._count)]
-            await worker.start(argv, self._sockets, self._shared.fd)
+            prepared = self._prepared.pop(slot, None)
+            holder, started = self._spawn(slot) if prepared is None else prepared
+            worker = Worker(holder, self.scheduler, lambda _: self._ended(slot))
+            await worker.begin(started)
         except OSError as error:
             log.error("a worker could not be started: %s", error)
             self._again(slot)
@@ -269,6 +276,12 @@ class Workers:
         self._workers[slot] = worker
         worker.send(self._configuration(slot))
         worker.send(States(self._states))
+
+    def _spawn(self, slot: int) -> tuple[int, Started]:
+        """A worker process for this place, and the number by which the core will know it. Raises OSError."""
+        holder, self._next_holder = self._next_holder, self._next_holder + 1
+        argv = [*self._argv, str(holder), str(slot), str(self._count)]
+        return holder, start_process(argv, self._sockets, self._shared.fd)
 
     def _ended(self, slot: int) -> None:
         worker = self._workers[slot]
@@ -320,8 +333,8 @@ class Workers:
                 worker.desk.lend(command)
 
     async def _tell_states(self) -> None:
-        async for _ in self._scheduler.changes():
-            states = self._scheduler.states()
+        async for _ in self.scheduler.changes():
+            states = self.scheduler.states()
             if states != self._states:
                 self._states = states
                 self._tell(States(states))
@@ -352,9 +365,41 @@ def share_of(config: Config, slot: int, workers: int) -> Config:
     return msgspec.structs.replace(config, backends=backends)
 
 
-def _spawn(argv: Sequence[str], env: Mapping[str, str], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
-    """In a group of its own: signals to the proxy's are for the proxy, which tells its workers."""
-    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, pass_fds=inherited, process_group=0)
+class Started(NamedTuple):
+    """A worker process and our end of its channel."""
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+
+def start_process(argv: Sequence[str], sockets: Sequence[socket.socket], shared_fd: int) -> Started:
+    """Start a worker, in a group of its own: signals to the proxy's are for the proxy, which tells its workers. Raises
+    OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    inherited = (theirs.fileno(), shared_fd, *(each.fileno() for each in sockets))
+    env = {
+        **os.environ,
+        "VRAMP_WORKER_FD": str(theirs.fileno()),
+        "VRAMP_SHARED_FD": str(shared_fd),
+        "VRAMP_LISTEN_FDS": ",".join(f"http={each.fileno()}" for each in sockets),
+    }
+    with theirs:
+        try:
+            process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, pass_fds=inherited, process_group=0)
+        except OSError:
+            ours.close()
+            raise
+    return Started(process, ours)
+
+
+async def _readable(connection: socket.socket) -> None:
+    """Return when the other side has said something, which is left unread, or has gone."""
+    loop, said = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection.fileno(), said.set)
+    try:
+        await said.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
 
 
 def _how(status: int) -> str:
