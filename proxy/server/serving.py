@@ -23,6 +23,7 @@ from proxy.server import http
 from proxy.server.handler import Handler
 from proxy.server.journey import Leases
 from proxy.server.state import State
+from proxy.server.trim import Trimmer, malloc_trim
 from proxy.sizes import byte_size
 from proxy.tls import Tls
 
@@ -104,6 +105,8 @@ class Serving:
             self._usage,
             residency=residency,
         )
+        trim = malloc_trim()
+        self._trimmer = Trimmer(lambda: self.in_flight, trim) if trim is not None else None
 
     @property
     def in_flight(self) -> int:
@@ -126,6 +129,8 @@ class Serving:
         self._tls = Tls(server) if server.tls_cert else None
         tls = self._tls.context if self._tls is not None else None
         self._server = await http.start(self._handler, sockets, limits, fast=server.fast_lane, tls=tls)
+        if self._trimmer is not None:
+            self._trimmer.start()
 
     def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
         """New requests follow this configuration; those in flight keep the one they began with. Raises OverflowError,
@@ -174,6 +179,8 @@ class Serving:
 
     async def close(self) -> None:
         """Cut off what is left, and close everything."""
+        if self._trimmer is not None:
+            self._trimmer.stop()
         if self._server is not None:
             await self._server.close()
         await self._access_log.close()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from proxy.server.trim import CROWD, Trimmer, malloc_trim
+
+
+class World:
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.given = 0
+        self.trimmer = Trimmer(lambda: self.in_flight, self.give_back)
+
+    def give_back(self) -> None:
+        self.given += 1
+
+    def see(self, *crowds: int) -> int:
+        for self.in_flight in crowds:
+            self.trimmer.look()
+        return self.given
+
+
+def test_memory_goes_back_once_when_a_crowd_has_gone() -> None:
+    assert World().see(0, CROWD, 10 * CROWD, 9 * CROWD, 3 * CROWD, 1, 0, 0) == 1
+
+
+def test_a_few_requests_are_no_crowd() -> None:
+    assert World().see(CROWD - 1, 0, CROWD - 1, 0) == 0
+
+
+def test_a_crowd_that_stays_keeps_its_memory() -> None:
+    assert World().see(4 * CROWD, 3 * CROWD, 2 * CROWD, 4 * CROWD) == 0
+
+
+def test_every_crowd_is_followed_by_a_look() -> None:
+    assert World().see(CROWD, 0, CROWD, 0) == 2
+
+
+async def test_looking_goes_on_until_it_is_stopped() -> None:
+    world = World()
+    world.trimmer.start()
+    world.trimmer.stop()
+    world.trimmer.stop()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_the_systems_allocator_can_be_asked() -> None:
+    trim = malloc_trim()
+    assert trim is None or trim() in (0, 1)
