@@ -32,7 +32,7 @@ LEAST_CHANCE = 0.5
 LEAST_USES = 3  # a rate is known from so many
 ABSENT = (Residency.COLD, Residency.ASLEEP)
 UNSETTLED = (Residency.DRAINING, Residency.SUSPENDING, Residency.STOPPING)
-Arrival = tuple[float, str, Ticket | None]  # when, for which model, and as what: None for one let in on credit
+Arrival = tuple[float, str, Ticket]  # when, for which model, and as what
 NEVER_SEEN = Expected(0.0, 0.0, 0.0, "")
 # an operator's word is not taken back by a guess, and neither is a verdict on an engine
 BY_DECISION = (StopCause.OPERATOR, StopCause.CONFIGURATION, StopCause.LEAKED, StopCause.CORRUPT)
@@ -48,8 +48,7 @@ class Anticipation:
         """Requests have come since the last call. O(1) each."""
         sequences = self._placement.sequences
         for at_s, model, ticket in arrivals:
-            if ticket is not None:
-                sequences.saw((ticket.tenant, ticket.session), model, at_s)
+            sequences.saw((ticket.tenant, ticket.session), model, at_s)
 
     def look(self, settings: SchedulerSettings, now: float) -> list[Command]:
         """Guess, where a device is idle. O(models + sessions looked at)."""

@@ -246,7 +246,8 @@ class Core:
         model = self._lending.reported(event, now)
         if model is None:
             return []
-        self._arrivals.extend([(now, model.spec.name, None)] * min(event.begun, ARRIVALS_KEPT))
+        name = model.spec.name
+        self._arrivals.extend((now, name, Ticket(0, name, tenant=who, session=of)) for who, of in event.begun)
         return self._credit_changed(model, now)
 
     def _holder_gone(self, holder: int, now: float) -> list[Command]:

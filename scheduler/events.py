@@ -54,12 +54,12 @@ class Served(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CreditReported(msgspec.Struct, frozen=True):
-    """What a holder did with its credit on an engine since its last report: how many it let in, how many of those are
-    `in_use` now, which are over. `sequences` and `tokens` it gives back."""
+    """What a holder did with its credit on an engine since its last report: whom it let in (tenant and session of each
+    request), how many are `in_use` now, which are over. `sequences` and `tokens` it gives back."""
 
     holder: int
     engine_id: str
-    begun: int
+    begun: tuple[tuple[str, str], ...]
     in_use: int
     served: tuple[Served, ...] = ()
     sequences: int = 0

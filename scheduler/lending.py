@@ -51,7 +51,7 @@ class Lending:
         if model is None or (engine := model.engine) is None or (more := engine.credits.take_back(event)) is None:
             return None
         if event.begun:
-            model.demand.count += event.begun
+            model.demand.count += len(event.begun)
             model.last_asked_s = now
         for served in event.served:
             _count(served, model, engine)

@@ -37,7 +37,8 @@ class _Credit:
         self.recalled = False
         self.asked = False  # for more, since the last regular report
         # since the last report
-        self.begun = self.back_sequences = self.back_tokens = 0
+        self.back_sequences = self.back_tokens = 0
+        self.begun: list[tuple[str, str]] = []
         self.served: list[Served] = []
 
     @property
@@ -48,15 +49,15 @@ class _Credit:
         """What has happened since the last one."""
         report = Report(
             self.engine_id,
-            self.begun,
+            tuple(self.begun),
             self.in_use,
             tuple(self.served),
             self.back_sequences,
             self.back_tokens,
             self.low,
         )
-        self.begun = self.back_sequences = self.back_tokens = 0
-        self.served = []
+        self.back_sequences = self.back_tokens = 0
+        self.begun, self.served = [], []
         return report
 
 
@@ -106,7 +107,7 @@ class RemoteLeases:
         credit.tokens -= tokens
         credit.in_use += 1
         credit.tokens_in_use += tokens
-        credit.begun += 1
+        credit.begun.append((ticket.tenant, ticket.session))
         self._used[ticket.id] = _Used(credit, ticket, tokens, self._now())
         if credit.low and not credit.asked:
             credit.asked = True

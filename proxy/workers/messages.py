@@ -59,7 +59,7 @@ class Report(_Message, frozen=True):
     """As `scheduler.events.CreditReported`. `low`: what is left is less than what is in use."""
 
     engine_id: str
-    begun: int
+    begun: tuple[tuple[str, str], ...]
     in_use: int
     served: tuple[Served, ...]
     sequences: int

@@ -68,7 +68,7 @@ def test_an_engine_that_becomes_ready_is_lent_to_all_who_are_there(world: MakeWo
 def test_who_has_used_most_of_it_is_lent_more(world: MakeWorld) -> None:
     w = ready(world)
     come(w)
-    w.step(CreditReported(ONE, "a#1", 4, 4))
+    w.step(CreditReported(ONE, "a#1", (("t", ""),) * 4, 4))
     (credit,) = w.step(CreditAsked(ONE, "a"))
     assert isinstance(credit, Credit)
     assert (credit.holder, credit.sequences, credit.tokens) == (ONE, 2, 200)
@@ -98,7 +98,7 @@ def test_who_must_wait_has_the_credit_revoked_once_and_is_let_in_when_it_comes_b
     second, commands = w.arrive("a")
     assert commands == [], "nobody is told twice"
     assert w.step(CreditAsked(ONE, "a")) == [], "while somebody waits nobody gets credit"
-    assert kinds(w.step(CreditReported(ONE, "a#1", 0, 0, sequences=1, tokens=400))) == [f"admit {first}"]
+    assert kinds(w.step(CreditReported(ONE, "a#1", (), 0, sequences=1, tokens=400))) == [f"admit {first}"]
     assert second in w.core.tickets.waiting
 
 
@@ -106,7 +106,7 @@ def test_when_nobody_waits_any_more_all_are_lent_again(world: MakeWorld) -> None
     w = ready(world, max_sequences=3)
     come(w)
     tickets = [w.arrive("a")[0] for _ in range(3)]
-    w.step(CreditReported(ONE, "a#1", 0, 0, sequences=1, tokens=266))
+    w.step(CreditReported(ONE, "a#1", (), 0, sequences=1, tokens=266))
     assert w.finish(tickets[0]) == [], "one that is free is no half of anything"
     (credit,) = w.finish(tickets[1])
     assert isinstance(credit, Credit)
@@ -120,7 +120,7 @@ def test_a_victim_with_unused_credit_only_is_idle_and_goes_when_the_credit_is_ba
     waiting, commands = w.arrive("b")
     assert commands == [Revoke("a#1")]
     assert w.core.models["a"].state is Residency.DRAINING
-    (stop,) = w.step(CreditReported(ONE, "a#1", 0, 0, sequences=credit.sequences, tokens=credit.tokens))
+    (stop,) = w.step(CreditReported(ONE, "a#1", (), 0, sequences=credit.sequences, tokens=credit.tokens))
     assert kinds([stop]) == ["stop a"]
     (load,) = w.stopped(stop)
     assert kinds(w.ready(load)[:1]) == [f"admit {waiting}"]
@@ -129,11 +129,11 @@ def test_a_victim_with_unused_credit_only_is_idle_and_goes_when_the_credit_is_ba
 def test_what_is_in_use_of_credit_finishes_before_its_engine_stops(world: MakeWorld) -> None:
     w = ready(world)
     (credit,) = come(w)
-    w.step(CreditReported(ONE, "a#1", 1, 1))
+    w.step(CreditReported(ONE, "a#1", (("t", ""),), 1))
     assert w.step(UnloadAsked("a")) == [Revoke("a#1")]
-    rest = CreditReported(ONE, "a#1", 0, 1, sequences=credit.sequences - 1, tokens=credit.tokens - 10)
+    rest = CreditReported(ONE, "a#1", (), 1, sequences=credit.sequences - 1, tokens=credit.tokens - 10)
     assert w.step(rest) == []
-    assert kinds(w.step(CreditReported(ONE, "a#1", 0, 0, (served(),), sequences=1, tokens=10))) == ["stop a"]
+    assert kinds(w.step(CreditReported(ONE, "a#1", (), 0, (served(),), sequences=1, tokens=10))) == ["stop a"]
 
 
 def test_reports_teach_what_tickets_teach(world: MakeWorld) -> None:
@@ -142,7 +142,7 @@ def test_reports_teach_what_tickets_teach(world: MakeWorld) -> None:
     model = w.core.models["a"]
     before = model.engine.served if model.engine else 0
     many = tuple(served(prompt_tokens=10, output_tokens=2000) for _ in range(200))
-    w.at(9.0).step(CreditReported(ONE, "a#1", 200, 0, many))
+    w.at(9.0).step(CreditReported(ONE, "a#1", (("t", ""),) * 200, 0, many))
     assert model.engine is not None
     assert model.engine.served == before + 200
     assert model.demand.mean_service_s() == pytest.approx(1.0, abs=0.1)
@@ -159,25 +159,25 @@ def test_who_uses_a_load_on_credit_takes_over_a_share_of_its_price(world: MakeWo
     come(w)
     shares = w.core.models["a"].shares
     assert shares is not None
-    w.step(CreditReported(ONE, "a#1", 1, 0, (served("late"),)))
+    w.step(CreditReported(ONE, "a#1", (("t", ""),), 0, (served("late"),)))
     assert shares.shares["late"] == shares.tokens // 2
 
 
 def test_a_holder_that_dies_gives_back_everything_and_its_late_news_change_nothing(world: MakeWorld) -> None:
     w = ready(world, max_sequences=2)
     come(w)
-    w.step(CreditReported(ONE, "a#1", 1, 1))
+    w.step(CreditReported(ONE, "a#1", (("t", ""),), 1))
     w.arrive("a")
     waiting, _ = w.arrive("a")
     assert kinds(w.step(HolderGone(ONE))) == [f"admit {waiting}"]
-    assert w.step(CreditReported(ONE, "a#1", 0, 0, sequences=1, tokens=400)) == []
+    assert w.step(CreditReported(ONE, "a#1", (), 0, sequences=1, tokens=400)) == []
     assert w.step(HolderGone(ONE)) == []
 
 
 def test_a_holder_that_dies_is_forgotten_although_it_had_returned_all(world: MakeWorld) -> None:
     w = ready(world)
     (credit,) = come(w)
-    w.step(CreditReported(ONE, "a#1", 0, 0, sequences=credit.sequences, tokens=credit.tokens))
+    w.step(CreditReported(ONE, "a#1", (), 0, sequences=credit.sequences, tokens=credit.tokens))
     w.step(HolderGone(ONE))
     engine = w.core.models["a"].engine
     assert engine is not None
@@ -188,7 +188,7 @@ def test_an_engine_that_dies_takes_its_credit_along(world: MakeWorld) -> None:
     w = ready(world)
     (credit,) = come(w)
     assert w.step(EngineFailed("a#1", "killed")) == [Revoke("a#1")]
-    late = CreditReported(ONE, "a#1", 0, 0, sequences=credit.sequences, tokens=credit.tokens)
+    late = CreditReported(ONE, "a#1", (), 0, sequences=credit.sequences, tokens=credit.tokens)
     assert w.step(late) == []
     _, (load,) = w.arrive("a")
     assert kinds([load]) == ["load a"]
@@ -205,7 +205,7 @@ def test_an_idle_engine_with_credit_out_is_stopped_after_its_time(world: MakeWor
     w = ready(world, ttl_s=20)
     (credit,) = come(w)
     assert w.tick(30.0) == [Revoke("a#1")]
-    back = CreditReported(ONE, "a#1", 0, 0, sequences=credit.sequences, tokens=credit.tokens)
+    back = CreditReported(ONE, "a#1", (), 0, sequences=credit.sequences, tokens=credit.tokens)
     assert kinds(w.step(back)) == ["stop a"]
 
 
@@ -221,10 +221,20 @@ def test_what_was_let_in_from_credit_is_in_the_log_and_replays(tmp_path: Path) -
     core.step(EngineReady("a#1", "a", "ram", 1.0), 1.0)
     core.step(HolderCame(ONE), 1.0)
     core.step(CreditAsked(ONE, "a"), 1.0)
-    core.step(CreditReported(ONE, "a#1", 1, 0, (served(prompt_tokens=3, output_tokens=4),)), 2.0)
+    core.step(CreditReported(ONE, "a#1", (("t", ""),), 0, (served(prompt_tokens=3, output_tokens=4),)), 2.0)
     core.step(Arrived(Ticket(2, "b")), 3.0)
     core.step(HolderGone(ONE), 4.0)
     recorder.close()
     played = replay(tmp_path / "log")
     assert played.difference is None
     assert played.events == 7
+
+
+def test_what_sessions_ask_for_on_credit_is_learned(world: MakeWorld) -> None:
+    w = world(settings=SchedulerSettings(anticipate=True), a=spec("a", 700, max_sequences=8), b=700)
+    engines = [w.resident("a"), w.resident("b")]
+    come(w)
+    for turn in range(9):
+        w.at(10.0 * turn).step(CreditReported(ONE, engines[turn % 2], (("t", "s"),), 0, (served(),)))
+        w.tick(w.now + 5)
+    assert w.core.placement.sequences.expected(w.now)["b"].after == "a"

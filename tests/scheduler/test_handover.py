@@ -323,13 +323,13 @@ async def test_credit_that_is_out_counts_as_leases_until_it_is_returned_or_its_h
     await pair.hand_over()
     assert told[-1] == Revoke("a#1")
     assert pair.in_flight == 5 + 1
-    pair.old.scheduler.dispatch(CreditReported(1, "a#1", 1, 1, sequences=4))
+    pair.old.scheduler.dispatch(CreditReported(1, "a#1", (("t", ""),), 1, sequences=4))
     await pair.bus.deliver()
     assert pair.in_flight == 1 + 1
     pair.old.scheduler.dispatch(HolderGone(2))
     await pair.bus.deliver()
     assert pair.in_flight == 1
-    pair.old.scheduler.dispatch(CreditReported(1, "a#1", 0, 0, sequences=1))
+    pair.old.scheduler.dispatch(CreditReported(1, "a#1", (), 0, sequences=1))
     await pair.bus.deliver()
     assert pair.in_flight == 0
 

@@ -151,7 +151,7 @@ async def test_the_first_request_asks_and_the_next_ones_are_let_in_on_credit(off
     worker.leases.report()
     (report,) = worker.sent
     assert isinstance(report, Report)
-    assert (report.begun, report.in_use, len(report.served)) == (1, 0, 1)
+    assert (report.begun, report.in_use, len(report.served)) == ((("", ""),), 0, 1)
 
 
 async def test_where_credit_does_not_reach_nothing_has_happened(office: Office) -> None:
