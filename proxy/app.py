@@ -55,7 +55,7 @@ from scheduler.engines.supervisor import Handle, Supervisor
 from scheduler.events import ConfigChanged, EngineReady, LoadAsked
 from scheduler.footprint_file import FootprintFile
 from scheduler.footprints import Footprints
-from scheduler.handover import Guests, HandedEngine
+from scheduler.handover import PROTOCOL, Guests, HandedEngine
 from scheduler.record import Opening, RecordedCore, Recorder, free_path
 
 log = logging.getLogger("vramp")
@@ -132,6 +132,7 @@ class App:
         await self._announce()
         try:
             if await self._until_told() is Order.LEAVE:
+                watching.cancel()  # what is written from now on is for the other
                 await self._finish()
             else:
                 await self._front.drain(self._config.server.drain_s)
@@ -266,7 +267,7 @@ class App:
         if self._workers is not None:
             await self._workers.prepare(self._listeners.get("http", []))
         self._link.on_peer, self._link.on_left = self._guests.hear, self._guests.gone
-        handed = msgspec.convert(await self._link.take_over() or [], list[HandedEngine])
+        handed = msgspec.convert(await self._link.take_over(PROTOCOL) or [], list[HandedEngine])
         return {engine.engine_id: engine for engine in handed}
 
     async def _finish(self) -> None:

@@ -24,6 +24,9 @@ from scheduler.driver import Lease, Refused, Scheduler
 from scheduler.events import CreditReported, Event, HolderGone, ProbeAnswered
 from scheduler.model import RefusalCode, Residency, Ticket
 
+# To be raised when a version could misread what the one before says, tickets included: the keeper joins no two that
+# differ, and says that this upgrade takes a restart.
+PROTOCOL = 1
 CHUNK = 50  # tickets in one message; a message is one packet
 
 _T = TypeVar("_T")

@@ -140,10 +140,10 @@ class KeeperLink:
         order = {"name": name, "argv": list(argv), "env": dict(env), "log": log}
         return msgspec.convert(await self._ask("launcher", order), LauncherState)
 
-    async def take_over(self) -> Any:
+    async def take_over(self, protocol: int) -> Any:
         """What the proxy before us hands over, once it does: what it gave to `handed`. None when there is none, which
-        is known at once."""
-        return (await self._ask("take_over", {}))["handed"]
+        is known at once. `protocol`: two that speak different ones are not joined."""
+        return (await self._ask("take_over", {"protocol": protocol}))["handed"]
 
     def handed(self, what: Any) -> None:
         """We decide no more: the answer to `on_hand_over`, after all that the other proxy is to hear first."""

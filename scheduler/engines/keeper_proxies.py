@@ -51,6 +51,7 @@ class Proxy:
         self.is_ready = False
         self.is_hung = False
         self.taking: Any = None  # the id of its take_over, until that is answered
+        self.protocol: Any = None  # of hand-overs, as its take_over says
 
     @property
     def pid(self) -> int:
@@ -231,8 +232,14 @@ class Proxies:
             self._signal(successor, signal.SIGKILL)
 
     def _take_over(self, proxy: Proxy, message: Message) -> None:
-        proxy.taking = message["id"]
+        proxy.taking, proxy.protocol = message["id"], message["protocol"]
         giver = self._serving if proxy is self._successor else self._leaving
+        if giver is not None and giver.protocol != proxy.protocol:
+            say(f"the proxies {giver.pid} and {proxy.pid} hand over in different ways: this upgrade takes a restart")
+            giver = None
+            if proxy is self._successor:
+                self._signal(proxy, signal.SIGKILL)
+                return
         if giver is None:
             self._answer_taking(None)
             return

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -122,8 +121,10 @@ def test_under_load_no_request_fails_and_no_model_is_loaded(served: Served) -> N
     for _ in range(3):
         pids.add(upgrade(served))
         so_far = [client.answered for client in clients]
-        time.sleep(1.0)
-        assert all(client.answered > before for client, before in zip(clients, so_far, strict=True))
+        served.wait(
+            lambda before=so_far: all(each.answered > then for each, then in zip(clients, before, strict=True)),  # type: ignore[misc]
+            "somebody is no longer answered",
+        )
         served.wait(lambda: alone(served), "the version before did not end")
     assert [failure for client in clients for failure in client.ended()] == []
     assert len(pids) == 4

@@ -101,7 +101,7 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
     kept = LendingRig(tmp_path / "state")
     try:
         old = Talk(kept.borrow())
-        old.say(op="take_over", id="1")
+        old.say(op="take_over", id="1", protocol=1)
         assert old.hears("taken_over")["handed"] is None
         old.say(op="ready")
         old.say(op="alive")
@@ -109,7 +109,7 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
         old.hears("listed")  # so it has heard the rest as well
         kept.process.send_signal(signal.SIGUSR2)
         new = Talk(kept.borrow())
-        new.say(op="take_over", id="3")
+        new.say(op="take_over", id="3", protocol=1)
         old.hears("hand_over")
         old.say(op="peer", body={"lease": 1})
         old.say(op="handed", handed=["a#1"])
@@ -119,7 +119,7 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
         assert old.hears("peer")["body"] == {"granted": 1}
         os.kill(max(proxies(kept)), signal.SIGKILL)
         again = Talk(kept.borrow())
-        again.say(op="take_over", id="4")
+        again.say(op="take_over", id="4", protocol=1)
         old.hears("hand_over")
         old.say(op="handed", handed=[])
         assert again.hears("taken_over")["handed"] == []
@@ -129,6 +129,25 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
         for each in (old, new, again):
             each.sock.close()
         assert kept.stop()[0] == 0
+    finally:
+        kept.close()
+
+
+def test_two_that_hand_over_in_different_ways_are_not_joined(tmp_path: Path) -> None:
+    kept = LendingRig(tmp_path / "state")
+    try:
+        old = Talk(kept.borrow())
+        for message in ({"op": "take_over", "id": "1", "protocol": 1}, {"op": "ready"}, {"op": "list", "id": "2"}):
+            old.say(**message)
+        old.hears("listed")
+        kept.process.send_signal(signal.SIGUSR2)
+        new = Talk(kept.borrow())
+        new.say(op="take_over", id="3", protocol=2)
+        old.hears("go_on")
+        for each in (old, new):
+            each.sock.close()
+        code, said = kept.stop()
+        assert (code, "this upgrade takes a restart" in said) == (0, True)
     finally:
         kept.close()
 
