@@ -16,12 +16,11 @@ A guess that fails does not back its model off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import exp
 
 from scheduler.commands import Command
 from scheduler.ledger import DeviceLedger
-from scheduler.model import Residency, SchedulerSettings, StopCause, Ticket
+from scheduler.model import Residency, SchedulerSettings, StopCause
 from scheduler.placement import Placement
 from scheduler.sequences import Expected
 from scheduler.state import ModelState
@@ -31,35 +30,29 @@ AHEAD_S = 60.0  # a use by rate counts if it is expected so soon
 LEAST_CHANCE = 0.5
 LEAST_USES = 3  # a rate is known from so many
 ABSENT = (Residency.COLD, Residency.ASLEEP)
-UNSETTLED = (Residency.DRAINING, Residency.SUSPENDING, Residency.STOPPING)
-Arrival = tuple[float, str, Ticket]  # when, for which model, and as what
 NEVER_SEEN = Expected(0.0, 0.0, 0.0, "")
 # an operator's word is not taken back by a guess, and neither is a verdict on an engine
 BY_DECISION = (StopCause.OPERATOR, StopCause.CONFIGURATION, StopCause.LEAKED, StopCause.CORRUPT)
 
 
 class Anticipation:
-    """What is guessed, and from what. Off the hot path: arrivals are taken in when a plan is made, or at a look."""
+    """What is guessed, and from what."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
 
-    def saw(self, arrivals: Iterable[Arrival]) -> None:
-        """Requests have come since the last call. O(1) each."""
-        sequences = self._placement.sequences
-        for at_s, model, ticket in arrivals:
-            sequences.saw((ticket.tenant, ticket.session), model, at_s)
-
     def look(self, settings: SchedulerSettings, now: float) -> list[Command]:
-        """Guess, where a device is idle. O(models + sessions looked at)."""
+        """Guess, where a device is idle. O(models + sessions looked at), O(engines) if none is."""
         placement = self._placement
         if placement.paused:
             return []
         placement.guesses.settle()
+        idle = [ledger for ledger in placement.devices.values() if placement.is_at_rest(ledger)]
+        if not idle:
+            return []
         expected = placement.sequences.expected(now)
-        idle = self._idle()
         best: tuple[float, str, ModelState, list[DeviceLedger]] | None = None
-        for model in placement.models.values() if idle else ():
+        for model in placement.models.values():
             if model.state not in ABSENT or not may_be_guessed(model):
                 continue
             foretold = expected.get(model.spec.name, NEVER_SEEN).probability
@@ -74,15 +67,6 @@ class Anticipation:
             return []
         _, why, model, group = best
         return [placement.guess(model, group, why, now)]
-
-    def _idle(self) -> list[DeviceLedger]:
-        """Devices where a start would be in nobody's way: nothing starts or leaves, and nobody waits for a load."""
-        placement = self._placement
-        taken: set[str] = set()
-        for model in placement.models.values():
-            if model.state in UNSETTLED or (model.state in ABSENT and model.wanted):
-                taken.update(ledger.spec.name for group in placement.groups_for(model) for ledger in group)
-        return [ledger for name, ledger in placement.devices.items() if ledger.starting is None and name not in taken]
 
     def _group_for(self, model: ModelState, idle: list[DeviceLedger], threshold: float) -> list[DeviceLedger] | None:
         """The idle devices with most room for it: enough, and not so little that something would be evicted for it."""

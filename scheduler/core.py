@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from math import inf
 
-from scheduler.anticipation import LOOK_S, Anticipation, Arrival
+from scheduler.anticipation import LOOK_S, Anticipation
 from scheduler.commands import Admit, Command, Refuse, WakeAt
 from scheduler.eta import Quote
 from scheduler.events import (
@@ -58,6 +58,7 @@ from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
 from scheduler.quotes import Quotes
+from scheduler.sequences import Arrival
 from scheduler.state import ModelState
 from scheduler.tickets import Tickets
 from scheduler.timers import Timer, Timers
@@ -387,7 +388,7 @@ class Core:
 
     def _foresee(self) -> None:
         if self.settings.anticipate:
-            self.anticipation.saw(self._arrivals)
+            self.placement.sequences.note(self._arrivals)
         self._foreseen += self._arrivals
         self._arrivals.clear()
 

@@ -35,7 +35,7 @@ class Holding:
     def until(self, wanted: ModelState, victims: Sequence[ModelState], now: float) -> float | None:
         """Until when to leave the idle victims alone; None: not at all. O(sessions looked at + victims x MOST_HELD)."""
         end = None
-        if victims and len(self._sequences) and wanted.wanted_order is None and len(wanted.queue) <= MOST_HELD:
+        if victims and wanted.wanted_order is None and len(wanted.queue) <= MOST_HELD:
             expected = self._sequences.expected(now)
             uses = [(each, use) for each in victims if (use := expected.get(each.spec.name)) is not None]
             end = max((self._end(wanted, victim, use, now) for victim, use in uses), default=now)

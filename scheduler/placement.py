@@ -23,7 +23,7 @@ from scheduler.eviction.base import Eviction
 from scheduler.fairness import Fairness
 from scheduler.footprints import MUCH, Footprints
 from scheduler.forecast import LEAST_WATCHED_S, drain_s
-from scheduler.guesses import Guesses
+from scheduler.guesses import LEAVING, Guesses
 from scheduler.holding import Holding
 from scheduler.ledger import DeviceLedger, SleepMemory
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Residency, SchedulerSettings, StopCause
@@ -572,6 +572,20 @@ class Placement:
         assert model.engine is not None
         self.guesses.add(model, model.engine)
         return command
+
+    def is_at_rest(self, ledger: DeviceLedger) -> bool:
+        """Whether a start there is in nobody's way: nothing starts or leaves, nobody waits for a load. O(engines +
+        what needs a closer look)."""
+        name, waits = ledger.spec.name, self._wanted
+        return (
+            ledger.starting is None
+            and not any(True for _ in waits.on(name, ledger.spec.kind))
+            and not any(ledger in group for model in waits.others.values() for group in self.groups_for(model))
+            and not any(
+                each.state in LEAVING and each.engine is not None and name in each.engine.devices
+                for each in self._by_engine.values()
+            )
+        )
 
     def is_guessed_load(self, engine_id: str) -> bool:
         """Whether this engine loads and nobody has asked for it."""

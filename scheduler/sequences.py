@@ -6,28 +6,33 @@ spread of its time, as TCP keeps them of round trips: from request to request, a
 the answer, which does not depend on how long that waited and took. Old counts fade: a row is halved whenever it is
 full.
 
-`saw` is O(1) and is fed in batches, off the hot path. Nothing here grows without limit: `MOST_SESSIONS`, the oldest
-forgotten first, and `MOST_NEXT` steps from each model.
+The hot path pays nothing: arrivals are noted in batches and read when somebody asks what to expect, `MOST_UNREAD` of
+them at most; of a flood the rates say enough. A step is O(1). Nothing here grows without limit: `MOST_SESSIONS`, the
+oldest forgotten first, and `MOST_NEXT` steps from each model.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from math import prod
 
 import msgspec
 
+from scheduler.model import Ticket
+
 MOST_SESSIONS = 10_000
+MOST_UNREAD = 128
 MOST_NEXT = 16  # models that are known to follow one model; the rarest makes way for a new one
 ROW_FULL = 64.0  # steps counted from one model until all of them count half
 EPISODE_S = 300.0  # a session that was silent for longer begins anew
-LATEST = 256  # sessions that a forecast looks at: what many do is known by rate
+LATEST = 64  # sessions that a forecast looks at: what many do is known by rate
 MEAN_GAIN, SPREAD_GAIN = 1 / 8, 1 / 4  # RFC 6298's
 LATE_SPREADS, LATE_S = 4.0, 1.0  # a step that is later than its mean by so much is not coming
 UNSEEN = 1.0  # counted for what was never seen: one sight of a step makes it an even bet, not a certainty
 
+Arrival = tuple[float, str, Ticket]  # when, for which model, and as what
 Session = tuple[str, str]  # the tenant, and what it calls its session ("" for all that it does not name)
 
 
@@ -125,9 +130,19 @@ class Sequences:
         self._answered = answered
         self._last: OrderedDict[Session, tuple[str, float]] = OrderedDict()  # the latest at the end
         self._rows: dict[str, _Row] = {}
+        self._unread: deque[Arrival] = deque(maxlen=MOST_UNREAD)
 
     def __len__(self) -> int:
         return len(self._last)
+
+    def note(self, arrivals: Iterable[Arrival]) -> None:
+        """Requests have come."""
+        self._unread.extend(arrivals)
+
+    def _read(self) -> None:
+        for at_s, model, ticket in self._unread:
+            self.saw((ticket.tenant, ticket.session), model, at_s)
+        self._unread.clear()
 
     def saw(self, session: Session, model: str, at_s: float) -> None:
         """A session asked for a model."""
@@ -143,13 +158,17 @@ class Sequences:
     def keep(self, models: Iterable[str]) -> None:
         """Forget all models but these."""
         known = set(models)
+        if not known:
+            self._last.clear()
+            self._unread.clear()
         self._rows = {name: row for name, row in self._rows.items() if name in known}
 
     def expected(self, now: float) -> dict[str, Expected]:
         """What the latest sessions are about to ask for, each model with the chance that any of them does.
 
-        O(`LATEST` x `MOST_NEXT`) at most.
+        O(`MOST_UNREAD` + `LATEST` x `MOST_NEXT`) at most.
         """
+        self._read()
         steps: dict[str, list[tuple[float, float, float, str]]] = {}
         for model, since_s in islice(reversed(self._last.values()), LATEST):
             if now - since_s > EPISODE_S:

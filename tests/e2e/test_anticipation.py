@@ -1,0 +1,70 @@
+"""A session's next model is there before it is asked for, on a real server with simulated engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.harness import Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
+CONFIG = """
+[devices]
+simulated = [{ name = "sim0", memory = "2GiB" }]
+
+[[backends]]
+name = "sim"
+kind = "simulated"
+
+[[models]]
+id = "planner"
+backend = "sim"
+memory_bytes = "900MiB"
+simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
+
+[[models]]
+id = "coder"
+backend = "sim"
+memory_bytes = "900MiB"
+simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
+
+[[models]]
+id = "large"
+backend = "sim"
+memory_bytes = "1900MiB"
+simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
+"""
+
+
+def ask(served: Served, model: str, session: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    served.ask("/v1/chat/completions", body, {"x-vramp-session": session})
+
+
+def test_the_coder_is_loaded_while_its_session_still_plans(tmp_path: Path) -> None:
+    (tmp_path / "vramp.toml").write_text(CONFIG)
+    with Served(tmp_path / "vramp.toml", tmp_path) as served:
+        for _ in range(2):
+            ask(served, "planner", "one")
+            ask(served, "coder", "one")
+        served.operate("large", "load")  # and so the two leave
+        served.operate("large", "unload")
+        assert served.model("coder")["state"] in ("cold", "loading")
+        asked: list[str] = []
+
+        def planned_ahead() -> bool:
+            asked.append(f"another {len(asked)}")
+            ask(served, "planner", asked[-1])
+            coder = served.model("coder")
+            return bool(coder["state"] == "ready" and coder["note"].startswith("guessed: sessions ask for it after"))
+
+        served.wait(planned_ahead, "nobody thought of the coder")
+        loads = served.model("coder")["loads"]
+        ask(served, "coder", asked[-1])
+        assert served.model("coder")["loads"] == loads, "it was there"
+        served.wait(
+            lambda: 'vramp_guesses_total{outcome="right"} 0.0' not in served.get("/metrics", admin=True).decode(),
+            "the guess was right, and is not counted",
+        )
