@@ -104,23 +104,7 @@ class App:
         if handed is None:
             await self._close()
             return
-        adoptable = await self._supervisor.adopt()
-        footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
-        engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
-        core = self._core(engines_before, footprint_file.load())
-        self._scheduler = Scheduler(
-            core,
-            self._devices,
-            self._supervisor,
-            {local.spec.name: local.launch for local in self._locals},
-            measure_interval_s=self._config.devices.measure_interval_s,
-            observe=self._scheduler_metrics.observe,
-            footprint_file=footprint_file,
-        )
-        self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
-        self._metrics.registry.register(SchedulerGauges(lambda: core))
-        await self._take_over(adoptable, handed)
-        self._guests.serve(self._scheduler)
+        await self._schedule(handed)
         self._front = self._serving()
         await self._front.start(self._listeners.get("http", []))
         self._runner = await self._admin(self._listeners.get("admin", []))
@@ -147,6 +131,26 @@ class App:
             await self._close()
 
     # ------------------------------------------------------------------ joints
+
+    async def _schedule(self, handed: Mapping[str, HandedEngine]) -> None:
+        """The scheduler, with the engines and the requests that there are already."""
+        adoptable = await self._supervisor.adopt()
+        footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
+        engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
+        core = self._core(engines_before, footprint_file.load())
+        self._scheduler = Scheduler(
+            core,
+            self._devices,
+            self._supervisor,
+            {local.spec.name: local.launch for local in self._locals},
+            measure_interval_s=self._config.devices.measure_interval_s,
+            observe=self._scheduler_metrics.observe,
+            footprint_file=footprint_file,
+        )
+        self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
+        self._metrics.registry.register(SchedulerGauges(lambda: core))
+        await self._take_over(adoptable, handed)
+        self._guests.serve(self._scheduler)
 
     def _core(self, engines_before: int, footprints: Footprints) -> Core:
         opening = Opening(
@@ -197,9 +201,9 @@ class App:
         launches = {local.spec.name: local.launch for local in self._locals}
         for handle in adoptable:
             launch, known = launches.get(handle.model), handed.get(handle.engine_id)
-            if launch is None:
+            if launch is None and handed:
                 self._stop_unwanted(handle)
-            elif known is not None or await self._answers(launch.kind, handle.base_url):
+            elif launch is not None and (known is not None or await self._answers(launch.kind, handle.base_url)):
                 log.info("took over %s", handle.engine_id)
                 self._adopt(handle, known or HandedEngine(handle.engine_id))
             else:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.harness import Served
@@ -178,6 +179,22 @@ def test_a_version_that_cannot_start_leaves_the_old_one_serving(served: Served) 
     path.write_text(CONFIG)
     assert upgrade(served) != pid
     assert client.ended() == []
+
+
+def test_a_model_that_the_next_version_no_longer_has_is_stopped_when_its_last_request_has_ended(served: Served) -> None:
+    for model in ("a", "b"):
+        served.operate(model, "load")
+    (engine,) = served.model("b")["pids"]
+    client = Client(served, "b", stream=True, tokens=600)
+    served.wait(lambda: served.model("b")["in_flight"] == 1, "the stream did not begin")
+    client.enough.set()
+    path = served.log.parent / "vramp.toml"
+    path.write_text("[server]\nreload_on_change = false\n" + CONFIG.replace('id = "b"', 'id = "renamed"'))
+    upgrade(served)
+    assert "b" not in [model["id"] for model in served.status()["models"]]
+    assert (client.ended(), client.answered) == ([], 1)
+    served.wait(lambda: not psutil.pid_exists(engine), "its engine was not stopped")
+    assert served.model("a")["state"] == "ready"
 
 
 def test_a_successor_that_is_killed_after_the_hand_over_is_replaced_and_the_stream_still_counts(
