@@ -3,7 +3,9 @@
 Twice a second a look at each device. Where memory is free, nothing starts or leaves and no request waits for a load,
 the model is guessed whose next use is worth most: the chance that it is asked for, by its rate within the next minute
 or by what sessions do next, times the seconds that whoever asks is spared. One at a time, from an even chance on, and
-into free memory only: nothing is ever given up for a guess.
+into free memory only: nothing is ever given up for a guess. Engines in host memory compute on the cores that a load
+keeps busy: there nothing is guessed while one has requests, and a guessed load beside which one gets some is broken
+off.
 
 **What a wrong guess can cost.** Plans are made as if guesses were not there (`scheduler.guesses`), so they are the
 same with and without, and a tenant is never charged for one. A request that wants a guess's place waits
@@ -26,6 +28,8 @@ from scheduler.sequences import Expected
 from scheduler.state import ModelState
 
 LOOK_S = 0.5  # between two looks
+HOST = "host"  # the kind of device whose engines compute on our own cores
+QUIET_S = 2.0  # since their last request
 AHEAD_S = 60.0  # a use by rate counts if it is expected so soon
 LEAST_CHANCE = 0.5
 LEAST_USES = 3  # a rate is known from so many
@@ -47,9 +51,14 @@ class Anticipation:
         if placement.paused:
             return []
         placement.guesses.settle()
-        idle = [ledger for ledger in placement.devices.values() if placement.is_at_rest(ledger)]
-        if not idle:
-            return []
+        shared = [ledger for ledger in placement.devices.values() if ledger.spec.kind == HOST]
+        out = placement.break_off([each for each in shared if placement.works(each, now)], "requests need its cores")
+        working = [ledger for ledger in shared if placement.works(ledger, now - QUIET_S)]
+        idle = [each for each in placement.devices.values() if each not in working and placement.is_at_rest(each)]
+        return out + self._guess(idle, settings, now) if idle else out
+
+    def _guess(self, idle: list[DeviceLedger], settings: SchedulerSettings, now: float) -> list[Command]:
+        placement = self._placement
         expected = placement.sequences.expected(now)
         best: tuple[float, str, ModelState, list[DeviceLedger]] | None = None
         for model in placement.models.values():

@@ -321,9 +321,9 @@ class Placement:
         """Begin what can begin: drain victims in time, stop them when all are idle, load when they are gone."""
         wanted, ledger = choice.model, group[0]
         victims = [self.models[victim.model] for victim in choice.victims]
-        out = self._break_off(group, f"{wanted.spec.name} is asked for")
+        out = self.break_off(group, f"{wanted.spec.name} is asked for")
         for victim in victims:
-            out += self._break_off(self._books_of(victim), f"{wanted.spec.name} is asked for")
+            out += self.break_off(self._books_of(victim), f"{wanted.spec.name} is asked for")
         reason = f"evicted for {wanted.spec.name}, which needs {_size(wanted.need_bytes)}: {choice.why}"
         for victim in victims:
             self._drain(victim, ledger, reason, now)
@@ -437,7 +437,7 @@ class Placement:
         """A draining engine may be idle now, and then it goes."""
         if model.occupied or self.paused:
             return []
-        out = self._break_off(self._books_of(model), f"{model.spec.name} is to leave")
+        out = self.break_off(self._books_of(model), f"{model.spec.name} is to leave")
         if self.start_beside(model):
             return out
         return out + self._leave(model, model.stop_cause, model.note)
@@ -524,7 +524,7 @@ class Placement:
             full = ledger.held + ledger.overhead + ledger.foreign
             if full <= allowed:
                 continue
-            out += self._break_off((ledger,), f"{name} is too full (pressure_threshold)")
+            out += self.break_off((ledger,), f"{name} is too full (pressure_threshold)")
             if ledger.starting is not None:
                 continue
             for model in sorted(self._idle_on(name), key=lambda m: (not m.guessed, m.last_used_s)):
@@ -587,6 +587,15 @@ class Placement:
             )
         )
 
+    def works(self, ledger: DeviceLedger, since_s: float) -> bool:
+        """Whether an engine there has requests, or has had some since. O(engines)."""
+        name = ledger.spec.name
+        return any(
+            model.in_flight > 0 or model.last_used_s > since_s
+            for model in self._by_engine.values()
+            if model.engine is not None and name in model.engine.devices
+        )
+
     def is_guessed_load(self, engine_id: str) -> bool:
         """Whether this engine loads and nobody has asked for it."""
         model = self._by_engine.get(engine_id)
@@ -609,7 +618,7 @@ class Placement:
     def _has_slept(self, engine: EngineState) -> bool:
         return self.sleep_memory.share(engine.id) > 0
 
-    def _break_off(self, ledgers: Iterable[DeviceLedger], why: str) -> list[Command]:
+    def break_off(self, ledgers: Iterable[DeviceLedger], why: str) -> list[Command]:
         """End the guessed loads that are under way there."""
         out: list[Command] = []
         for ledger in ledgers if len(self.guesses) and not self.paused else ():

@@ -20,12 +20,12 @@ MiB = 1 << 20
 
 
 class LargeDevice(FakeDevice):
-    spec = DeviceSpec("ram", "host", 4000 * MiB)
+    spec = DeviceSpec("ram", "gpu", 4000 * MiB)
 
 
 def made() -> Scheduler:
     """Two models with room for both, and a scheduler that anticipates."""
-    models = [ModelSpec(name, 500 * MiB, "host", load_estimate_s=2.0) for name in "ab"]
+    models = [ModelSpec(name, 500 * MiB, "gpu", load_estimate_s=2.0) for name in "ab"]
     core = Core([LargeDevice.spec], models, SchedulerSettings(anticipate=True))
     launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)  # type: ignore[arg-type]
     return Scheduler(core, [LargeDevice()], FakeEngines(), {"a": launch, "b": launch})

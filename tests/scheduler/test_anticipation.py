@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+from msgspec import structs
 
 from scheduler import anticipation
-from scheduler.anticipation import LOOK_S
+from scheduler.anticipation import LOOK_S, QUIET_S
 from scheduler.commands import Command, Credit, Load, Probe, Sleep, Stop, Wake
 from scheduler.core import Core
 from scheduler.events import (
@@ -28,7 +29,7 @@ from scheduler.model import DeviceSpec, ModelSpec, Residency, SchedulerSettings,
 from scheduler.simulate.engine import REFERENCE, GiB, device
 from scheduler.simulate.run import Simulation, endless_settings
 from scheduler.simulate.traces import Request
-from tests.scheduler.conftest import MakeWorld, MiB, World, kinds, spec
+from tests.scheduler.conftest import MakeWorld, MiB, World, kinds
 
 ON = SchedulerSettings(anticipate=True)
 
@@ -75,10 +76,26 @@ def guessed(w: World, model: str) -> Load:
     return load
 
 
+def spec(name: str, mib: int, **settings: object) -> ModelSpec:
+    return ModelSpec(name, mib * MiB, "gpu", **settings)  # type: ignore[arg-type]
+
+
 @pytest.fixture
-def hopeful(world: MakeWorld) -> Callable[..., World]:
-    """A world that anticipates, with a model that needs all the memory."""
-    return lambda memory=1500, **models: world(memory=memory, settings=ON, large=1400, **models)
+def hopeful() -> Iterator[Callable[..., World]]:
+    """hopeful(a=700, b=700) makes a world that anticipates, with a model that needs all the memory besides."""
+    made: list[World] = []
+
+    def make(memory: int = 1500, kind: str = "gpu", **models: int | ModelSpec) -> World:
+        specs = [
+            structs.replace(spec(name, size) if isinstance(size, int) else size, device=kind)
+            for name, size in {"large": 1400, **models}.items()
+        ]
+        made.append(World(Core([DeviceSpec("ram", kind, memory * MiB)], specs, ON)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.core.check()
 
 
 # ------------------------------------------------------------------ guessing
@@ -142,6 +159,35 @@ def test_nothing_is_guessed_where_that_is_not_wanted(world: MakeWorld) -> None:
     used(w, "a")
     away(w, "a")
     assert look(w) == []
+
+
+def test_where_engines_compute_on_our_cores_a_guess_waits_until_they_rest(hopeful: Callable[..., World]) -> None:
+    w = hopeful(kind="host", a=700, b=300)
+    used(w, "a")
+    away(w, "a")
+    w.resident("b")
+    running, _ = w.arrive("b")
+    w.now += 60.0
+    assert look(w) == []
+    w.finish(running)
+    assert look(w) == []
+    w.now += QUIET_S
+    assert kinds(look(w)) == ["load a"]
+
+
+def test_where_engines_compute_on_our_cores_a_request_ends_a_guessed_load(hopeful: Callable[..., World]) -> None:
+    w = hopeful(kind="host", a=700, b=300)
+    used(w, "a")
+    away(w, "a")
+    w.resident("b")
+    w.now += QUIET_S
+    assert kinds(look(w)) == ["load a"]
+    ticket, commands = w.arrive("b")
+    assert kinds(commands) == [f"admit {ticket}"]
+    (stop,) = look(w)
+    assert kinds([stop]) == ["kill a"]
+    w.stopped(stop)
+    w.finish(ticket)
 
 
 def test_nothing_leaves_for_a_guess(hopeful: Callable[..., World]) -> None:
@@ -568,7 +614,7 @@ def test_sessions_that_take_the_same_steps_again_and_again_wait_less() -> None:
 def test_a_load_that_is_broken_off_leaves_its_link_and_the_rest_of_its_seconds() -> None:
     """The simulation's own books."""
     specs = [spec(name, 100, load_estimate_s=10.0) for name in ("first", "second", "hoped")]
-    core = Core([DeviceSpec("ram", "host", 300 * MiB)], specs, endless_settings(10.0, anticipate=True))
+    core = Core([DeviceSpec("ram", "gpu", 300 * MiB)], specs, endless_settings(10.0, anticipate=True))
     core.models["hoped"].demand.count = 1000
     outcome = Simulation(core, lambda _: 50.0, [Request(0.0, "first"), Request(13.0, "second")]).run()
     assert outcome.waits_s == [10.0, 10.0]
@@ -594,7 +640,7 @@ def contended(patience_s: float = 30.0, **how: float) -> World:
     """Memory for one of two models that take ten seconds to load."""
     settings = SchedulerSettings(anticipate=True, patience_s=(patience_s,) * 5)
     specs = [spec(name, 700, load_estimate_s=10.0, **how) for name in ("a", "b")]
-    return World(Core([DeviceSpec("ram", "host", 1000 * MiB)], specs, settings))
+    return World(Core([DeviceSpec("ram", "gpu", 1000 * MiB)], specs, settings))
 
 
 def test_a_swap_waits_for_a_victim_that_is_about_to_be_used_again() -> None:
