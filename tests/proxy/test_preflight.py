@@ -59,6 +59,16 @@ def taken() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.parametrize(("backend", "workers", "fatal"), [("native", 2, 0), ("pure", 1, 0), ("pure", 2, 1)])
+def test_several_workers_need_counters_that_they_can_share(
+    monkeypatch: pytest.MonkeyPatch, backend: str, workers: int, fatal: int
+) -> None:
+    monkeypatch.setitem(preflight.MODULES, "rate_counters", backend)
+    findings = list(preflight.check_workers(workers))
+    assert [finding.fatal for finding in findings] == [True] * fatal
+    assert all("server.workers is 2" in finding.says and "use 1" in finding.says for finding in findings)
+
+
 def test_a_free_port_is_good() -> None:
     assert says(preflight.check_port("server.listen", "127.0.0.1:0")) == []
     assert says(preflight.check_port("server.listen", "localhost:0")) == []
