@@ -87,9 +87,11 @@ class Exchange(msgspec.Struct, eq=False):
             events = (closing_comment(outcome) if started else self.comments) + events
         if not started:
             outcome.status = 200
-            passed = {**STREAM_HEADERS, **self.headers} if output else STREAM_HEADERS
-            head = head_of(200, outcome.headers(passed, waiting=not output))
-            lead = _bytes(head, _CHUNKED, self.lane.dates)
+            last = f"{_CHUNKED}{self.lane.dates.now()}"
+            if output:
+                lead = _bytes(self.plan.head(200, self.headers, outcome, last, streams=True))
+            else:
+                lead = _bytes(head_of(200, outcome.headers(STREAM_HEADERS, waiting=True)) + last)
         outcome.bytes_out += len(events)
         return lead + _chunk(events), output
 
@@ -100,7 +102,7 @@ class Exchange(msgspec.Struct, eq=False):
         self.lengthy = length >= 0
         passed = {**headers, "content-length": str(length)} if self.lengthy else headers
         head = head_of(status, self.outcome.headers(passed))
-        return _bytes(head, "" if self.lengthy else _CHUNKED, self.lane.dates)
+        return _bytes(f"{head}{'' if self.lengthy else _CHUNKED}{self.lane.dates.now()}")
 
     def whole(self, status: int, headers: dict[str, str], body: bytes) -> bytes | None:
         """A whole answer that is not an event stream; None where it is none to pass on."""
@@ -119,9 +121,9 @@ class Exchange(msgspec.Struct, eq=False):
         record_body(outcome, body)
         outcome.status = status
         outcome.bytes_out += len(body)
-        head = self.plan.head(status, headers, outcome, len(body), self.lane.dates.now())
+        head = self.plan.head(status, headers, outcome, f"Content-Length: {len(body)}\r\n{self.lane.dates.now()}")
         self._settle()
-        return head.encode("utf-8", "surrogateescape") + body
+        return _bytes(head) + body
 
     def ended(self, tail: bytes) -> bytes | None:
         """The end of an answer that was begun."""
@@ -231,8 +233,8 @@ class Exchange(msgspec.Struct, eq=False):
             self.lane.handler.leases.give_back(self.ticket_id, used, output)
 
 
-def _bytes(head: str, framing: str, dates: Dates) -> bytes:
-    return f"{head}{framing}{dates.now()}".encode("utf-8", "surrogateescape")
+def _bytes(head: str) -> bytes:
+    return head.encode("utf-8", "surrogateescape")
 
 
 def _chunk(data: bytes) -> bytes:

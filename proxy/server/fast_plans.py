@@ -18,6 +18,7 @@ from proxy.dialects.endpoints import ENDPOINTS
 from proxy.observe.outcome import Outcome
 from proxy.providers.base import Provider
 from proxy.routing.router import Candidate
+from proxy.server.answer import STREAM_HEADERS
 from proxy.server.head import head_of
 from proxy.server.journey import changes_for, note_attempt, note_call
 from proxy.server.state import State
@@ -39,20 +40,28 @@ class Plan(msgspec.Struct, eq=False):
     changes: dict[str, bytes]
     limits: Limits
     may_fail_over: bool  # to another candidate, or to another engine
-    heads: dict[tuple[int, str], str] = {}
+    heads: dict[tuple[int, str, bool], str] = {}
 
-    def head(self, status: int, passed: Mapping[str, str], outcome: Outcome, size: int, date: str) -> str:
-        """The head of a whole answer as aiohttp writes it. `date`: its last line (`Dates`)."""
+    def head(
+        self, status: int, passed: Mapping[str, str], outcome: Outcome, last: str, *, streams: bool = False
+    ) -> str:
+        """A response's head as aiohttp writes it. `last`: the lines of its framing and its date.
+
+        Made of a template, above all for the first event of a stream: whoever waits for it waits for this, and after a
+        pause the many small steps of making it anew are all out of the processor's caches.
+        """
         content_type = passed.get("content-type")
         if len(passed) != 1 or content_type is None:
-            return f"{head_of(status, outcome.headers(passed))}Content-Length: {size}\r\n{date}"
-        key = (status, content_type)
+            lines = {**STREAM_HEADERS, **passed} if streams else passed
+            return head_of(status, outcome.headers(lines)) + last
+        key = (status, content_type, streams)
         made = self.heads.get(key)
         if made is None:
             if len(self.heads) >= MOST_HEADS:
                 self.heads.clear()
-            made = self.heads[key] = _template(status, passed, outcome)
-        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits, size, date)
+            lines = {**STREAM_HEADERS, **passed} if streams else passed
+            made = self.heads[key] = _template(status, lines, outcome)
+        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits, last)
 
 
 class Plans:
@@ -104,7 +113,7 @@ class Plans:
 
 
 def _template(status: int, passed: Mapping[str, str], outcome: Outcome) -> str:
-    """The head with `%s` for what differs from call to call: id, waits, what the limits leave, length, date."""
+    """The head with `%s` for what differs from call to call: id, waits, what the limits leave, framing and date."""
     headers = {name: value.replace("%", "%%") for name, value in {**passed, **outcome.facts()}.items()}
     headers["x-request-id"] = headers["x-vramp-wait-ms"] = "%s"
-    return head_of(status, headers, "%s") + "Content-Length: %s\r\n%s"
+    return head_of(status, headers, "%s") + "%s"
