@@ -22,7 +22,7 @@ from proxy.observe.lines import RETRY_S, LineWriter
 from proxy.observe.metrics import UsageRows
 from proxy.observe.outcome import Outcome
 
-MOST_PENDING = 50_000  # about 50 MB
+MOST_PENDING = 50_000  # about 25 MB
 ROOM_IN_FLIGHT = 50_000  # above those, for calls that began before: more than descriptors allow
 
 
@@ -58,7 +58,7 @@ class UsageLog:
 
     def __init__(self, target: str) -> None:
         self._writer: LineWriter | None = None
-        self._pending: deque[tuple[float, Outcome]] = deque()
+        self._pending: deque[bytes] = deque()
         if target != "off":
             self._writer = LineWriter("usage", target, row_of, MOST_PENDING + ROOM_IN_FLIGHT)
             self._pending = self._writer.pending

@@ -25,7 +25,6 @@ from proxy.observe.outcome import Outcome
 
 FLUSH_S = 0.2
 RETRY_S = 1.0
-SLICE = 32  # lines that are encoded before the interpreter is let go
 CLOSE_S = 2.0  # what `close` waits for a pipe that nobody reads
 STDOUT = 1
 
@@ -35,13 +34,14 @@ Encode = Callable[[float, Outcome], bytes]
 class LineWriter:
     """Appends to `path`, making it and its folder, or to standard output where it is None. Raises OSError.
 
-    `encode` makes a line of a wall-clock time and an outcome, in the thread. One thread takes (`put` and the others)
-    and one writes: a deque between them needs no lock. The thread is a daemon, for one that hangs in a full pipe must
-    not keep the process from ending.
+    `encode` makes a line of a wall-clock time and an outcome, at once: natively that costs less than to keep the
+    outcome and to read it again when it is out of the caches, while requests wait for the interpreter. One thread takes
+    (`put` and the others) and one writes: a deque between them needs no lock. The thread is a daemon, for one that
+    hangs in a full pipe must not keep the process from ending.
     """
 
     def __init__(self, name: str, path: str | None, encode: Encode, most_pending: int) -> None:
-        self.pending: deque[tuple[float, Outcome]] = deque()
+        self.pending: deque[bytes] = deque()
         self.dropped = 0
         self.failures = 0  # attempts to write
         self._log = logging.getLogger("vramp.lines")
@@ -60,11 +60,11 @@ class LineWriter:
         self._thread.start()
 
     def put(self, outcome: Outcome) -> None:
-        """Take one line: a list append, and at most one wake-up a batch."""
+        """Take one line: about a microsecond, and at most one wake-up a batch."""
         if len(self.pending) >= self._most_pending:
             self.dropped += 1
             return
-        self.pending.append((time.time(), outcome))
+        self.pending.append(self._encode(time.time(), outcome))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -100,11 +100,7 @@ class LineWriter:
             os.close(self._fd)
 
     def _take(self) -> None:
-        lines = []
-        for taken in range(1, len(self.pending) + 1):
-            lines.append(self._encode(*self.pending.popleft()))
-            if not taken % SLICE:
-                time.sleep(0)  # else requests would wait for the whole batch, or for what the interpreter lets it have
+        lines = [self.pending.popleft() for _ in range(len(self.pending))]
         dropped = self.dropped
         if dropped > self._dropped_told:
             lines.append(orjson.dumps({"dropped_lines": dropped - self._dropped_told}) + b"\n")

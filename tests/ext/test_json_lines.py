@@ -42,6 +42,12 @@ def test_a_line_says_what_its_values_are(twins: Any) -> None:
     assert line(NAMES, (1760000000.125, 0.0, "")) == b'{"a":1760000000.125,"second":0.0,"c_3":""}\n'
 
 
+def test_no_text_and_no_number_is_refused(twins: Any) -> None:
+    line = twins.module("json_lines").line
+    for value in ("\udcff", "a\ud800b", 2**70, -(2**70)):
+        assert json.loads(line(("a",), (value,))) == {"a": value}
+
+
 def test_a_sparse_line_leaves_out_what_is_not_there(twins: Any) -> None:
     line = twins.module("json_lines").line
     assert line(NAMES, (None, "", 0), True) == b'{"c_3":0}\n'
