@@ -26,8 +26,8 @@ test: dev  ## all tests, those on real vLLM included
 	@$(if $(filter simulated,$(ENGINE)),,$(PY) scripts/make_demo_models.py)
 	@$(PY) -m pytest $(if $(filter simulated,$(ENGINE)),-m "not engine")
 
-test-fast:  ## tests that need no engine
-	@python3 scripts/setup.py --engine none --dev && $(PY) -m pytest -m "not engine and not load"
+test-fast:  ## tests that need no engine and no patience
+	@python3 scripts/setup.py --engine none --dev && $(PY) -m pytest -m "not engine and not long"
 
 check:  ## ruff, mypy, cython-lint, architecture
 	@python3 scripts/setup.py --engine none --dev && $(PY) scripts/check.py

@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e.harness import Served
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(90)]
 
 CONFIG = """
 [server]

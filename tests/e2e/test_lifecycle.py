@@ -14,7 +14,7 @@ from tests.e2e.harness import Served
 from tests.proxy.test_tls import make_pair
 from tests.scheduler.engines.keeper_rig import passed_by_systemd
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
 CONFIG = """
 [server]

@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.harness import Served
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(120)]
 
 CONFIG = """
 [devices]

@@ -22,7 +22,7 @@ import pytest
 
 from tests.e2e.harness import REPO, Served
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60), pytest.mark.native]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60), pytest.mark.native]
 
 CONFIG = """
 [server]

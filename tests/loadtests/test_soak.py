@@ -52,7 +52,7 @@ def test_engines_are_not_ours() -> None:
     assert not is_ours([sys.executable, "-m", "scheduler.engines.simulated_server"])
 
 
-@pytest.mark.load
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_nothing_grows_and_nothing_is_lost_in_two_minutes_of_everything() -> None:
     argv = [sys.executable, "-m", "loadtests.soak", "--minutes", "2", "--json"]

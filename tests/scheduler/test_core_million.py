@@ -11,6 +11,7 @@ CHECK_EVERY = 97  # everything is O(everything); a prime, so that no rhythm of e
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_million_random_events_lose_nobody() -> None:
     chaos = Chaos(2026)
