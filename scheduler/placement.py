@@ -335,6 +335,8 @@ class Placement:
             reason += self.holding.over(wanted, now)
         for victim, candidate in zip(victims, choice.victims, strict=True):
             self.eviction.evicted(candidate)
+            if victim.state is Residency.STOPPING:
+                continue  # a sleeper that has just lost its host memory to another of these victims
             out += self._leave(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
         out += self._withdraw_for(wanted, group)
         if not victims and all(each.free >= wanted.need_bytes for each in group):

@@ -94,7 +94,7 @@ class Chaos:
         moves: list[tuple[int, Callable[[], None]]] = [
             (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped),
             (2, self.fail), (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
-            (1, self.pause),
+            (1, self.pause), (1, self.lull),
         ]  # fmt: skip
         (move,) = self.rng.choices([m for _, m in moves], [w for w, _ in moves])
         move()
@@ -102,13 +102,14 @@ class Chaos:
     def arrive(self) -> None:
         self.tickets += 1
         deadline = self.now + self.rng.uniform(-1, 60) if self.rng.random() < 0.1 else None
+        session = self.rng.choice(("", "loop", "agent"))
         ticket = Ticket(
             self.tickets,
-            self.rng.choice(self.names),
+            self.names[1] if session == "loop" and self.rng.random() < 0.8 else self.rng.choice(self.names),
             self.rng.choice(list(LatencyClass)),
             weight_tokens=self.rng.choice((1, 30, 5000)),
             deadline_s=deadline,
-            session=self.rng.choice(("", "loop", "agent")),
+            session=session,
         )
         self.waiting.add(ticket.id)
         self.feed(Arrived(ticket))
@@ -119,6 +120,13 @@ class Chaos:
             self.running.remove(ticket)
             self.answered += 1
             self.feed(Finished(ticket))
+
+    def lull(self) -> None:
+        """Nobody comes for a while: the engines obey, requests end, and there is time to think ahead."""
+        for _ in range(self.rng.choice((5, 40))):
+            self.now += 0.5
+            for move in (self.finish, self.ready, self.stopped, self.tick):
+                move()
 
     def cancel(self) -> None:
         if self.waiting:

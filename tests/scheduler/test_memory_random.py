@@ -49,6 +49,8 @@ class Machine:
             for n in range(6)
         }
         self.core = Core(self.devices, self.specs.values(), SETTINGS, ordering=Slack())
+        for model in self.core.models.values():
+            model.demand.count = self.rng.choice((0, 50))  # asked for until just now, and so worth a guess
         self.now = 0.0
         self.held: dict[str, dict[str, int]] = {}  # by engine, by device
         self.lost = dict.fromkeys((each.name for each in self.devices), 0)

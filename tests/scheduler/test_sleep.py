@@ -329,3 +329,17 @@ def test_want_of_memory_at_a_start_is_learned_from_and_tried_once_more_with_room
     assert isinstance(again, Load)
     commands = card.step(EngineFailed(again.engine_id, "CUDA out of memory", out_of_memory=True))
     assert kinds(commands) == [f"refuse {ticket} load_failed"]
+
+
+def test_a_victim_that_loses_its_host_memory_to_another_victim_is_stopped_once() -> None:
+    tight = msgspec.structs.replace(SETTINGS, sleep_memory_bytes=900 * MiB)
+    card = Card(tight, a={}, b={}, c={"memory_bytes": 1000 * MiB, "sleep_keeps_bytes": None})
+    _, load = asleep(card)
+    assert isinstance(load, Load)
+    card.ready(load)
+    card.held[load.engine_id] = 700
+    card.read()
+    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
+    card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    card.now += 10.0
+    assert sorted(kinds(card.arrive("c")[1])) == ["stop a", "stop b"], "what b would need to sleep is a's"
