@@ -31,7 +31,7 @@ from proxy.server.answer import JSON, Answer, ClientStalled
 from proxy.server.journey import Journey, Leases
 from proxy.server.routes import Route
 from proxy.server.state import State
-from proxy.server.watchdog import Watchdog
+from proxy.server.watchdog import Watch, Watchdog
 
 log = logging.getLogger("vramp.server")
 
@@ -65,7 +65,7 @@ class Handler:
         self._ready = ready
         self._created = int(time.time())
         self._in_flight = 0
-        self._watches: set[Watchdog] = set()
+        self._watch = Watch(self._loop)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -85,8 +85,7 @@ class Handler:
 
     def cut_off(self) -> None:
         """End every request in flight with an error that its client can read."""
-        for watch in self._watches:
-            watch.expire(cut_off_error())
+        self._watch.expire(cut_off_error)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request and settle it, however it ends."""
@@ -133,11 +132,11 @@ class Handler:
         self, request: web.BaseRequest, outcome: Outcome, tried: Exception | None
     ) -> web.StreamResponse:
         timeouts = self.state.config.timeouts
-        watch = Watchdog(timeouts.total_s, partial(total_error, timeouts), self._loop)
+        watch = Watchdog(timeouts.total_s, partial(total_error, timeouts), self._loop, lazy=True)
         answer = Answer(request, dialect_of(request.path), outcome, watch, timeouts.write_stall_s)
         answer.last = self.draining or self.leaving
         tell = answer.fail
-        self._watches.add(watch)
+        self._watch.add(watch)
         try:
             with watch:
                 route = self._admit(request)
@@ -157,7 +156,7 @@ class Handler:
             with watch:
                 await answer.fail(CallError("An error of vramp itself; its log has the request id.", code="internal"))
         finally:
-            self._watches.discard(watch)
+            self._watch.discard(watch)
         return answer.response
 
     def _admit(self, request: web.BaseRequest) -> Route:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from proxy.server import watchdog
-from proxy.server.watchdog import Watchdog
+from proxy.server.watchdog import Watch, Watchdog
 
 
 class Slow(Exception):
@@ -129,3 +129,60 @@ async def test_a_limit_beyond_the_first_look_still_holds(monkeypatch: pytest.Mon
 
     with pytest.raises(Slow):
         await work()
+
+
+def lazy(total_s: float = 10.0) -> Watchdog:
+    return Watchdog(total_s, Late, lazy=True)
+
+
+async def test_a_request_that_ends_before_the_round_arms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+    monkeypatch.setattr(Watchdog, "_arm", lambda self, when: armed.append(when))
+    with lazy() as watch:
+        watch.limit(60, Slow)
+    watch.arm()  # the round, too late for it
+    assert armed == []
+
+
+async def test_after_the_round_the_limits_hold_to_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "ROUND_S", 0.005)
+    monkeypatch.setattr(watchdog, "FIRST_LOOK_S", 0.02)
+    watched = Watch(asyncio.get_running_loop())
+
+    async def work() -> None:
+        one = lazy()
+        watched.add(one)
+        try:
+            with one:
+                one.limit(0.03, Slow)
+                await asyncio.Event().wait()
+        finally:
+            watched.discard(one)
+
+    for _ in range(2):  # and again after nobody was there
+        with pytest.raises(Slow):
+            await work()
+        await asyncio.sleep(0.02)
+
+
+async def test_a_short_limit_does_not_wait_for_the_round() -> None:
+    with pytest.raises(Slow), lazy() as watch:
+        watch.limit(0.01, Slow)
+        await asyncio.Event().wait()
+    with pytest.raises(Late), lazy(0.01):
+        await asyncio.Event().wait()
+
+
+async def test_all_that_are_watched_can_be_ended_at_once() -> None:
+    watched = Watch(asyncio.get_running_loop())
+
+    async def work() -> None:
+        one = lazy()
+        watched.add(one)
+        with one:
+            await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(work()) for _ in range(3)]
+    await asyncio.sleep(0)
+    watched.expire(Slow)
+    assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [Slow] * 3
