@@ -77,7 +77,9 @@ class Regret:
                 shadow.arrive(name, now)
 
     def _needs(self, name: str) -> tuple[int, float, float]:
-        model = self._models[name]
+        model = self._models.get(name)
+        if model is None:
+            return 0, 0.0, 0.0  # removed from the configuration; what a shadow still has of it is soon done
         return model.spec.memory_bytes, model.seconds_to_load, model.demand.mean_service_s()
 
     def choose(self, scene: Scene) -> Choice | None:

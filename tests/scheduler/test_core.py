@@ -430,3 +430,15 @@ def test_two_kinds_of_memory_do_not_wait_for_each_other(world: MakeWorld) -> Non
     _, (refusal,) = w.arrive("g")
     assert refusal.reason == "g runs on nvidia memory, and there is no such device"
     assert kinds(w.arrive("a")[1]) == ["load a"]
+
+
+def test_a_model_that_is_removed_while_a_shadow_waits_for_it_is_forgotten(world: MakeWorld) -> None:
+    w = world(memory=1000, a=700, b=700)
+    _, (load,) = w.arrive("a")
+    w.at(0.1).arrive("b")
+    w.at(0.2).step(ConfigChanged((spec("a", 700),), SchedulerSettings()))
+    w.ready(load)
+    for now in (50.0, 100.0, 200.0):
+        w.at(now).arrive("a")
+        w.tick(now + 1.0)
+    assert list(w.core.models) == ["a"]
