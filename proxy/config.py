@@ -142,7 +142,8 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     hang_limit_s: Annotated[
         float,
         Key(
-            "A proxy whose event loop has stood still for so long is killed and started again; engines stay. 0: never.",
+            "A proxy, or a worker, whose event loop has stood still for so long is killed and started again; engines "
+            "stay. 0: never.",
             low=0,
             high=DAY_S,
         ),

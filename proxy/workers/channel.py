@@ -21,7 +21,7 @@ Heard = TypeVar("Heard")
 class Channel(asyncio.Protocol, Generic[Heard]):
     """Sends messages of any kind, hears those of `kind`. `on_lost` is called once, when the other end has gone.
 
-    Messages arrive whole and in order. What cannot be read is a bug of ours, and ends the channel.
+    Messages arrive whole and in order.
     """
 
     def __init__(self, kind: Any, hear: Callable[[Heard], None], on_lost: Callable[[], None]) -> None:
@@ -76,7 +76,10 @@ class Channel(asyncio.Protocol, Generic[Heard]):
             if end > len(self._read):
                 break
             for message in self._decoder.decode(self._read[body:end]):
-                self._hear(message)
+                try:
+                    self._hear(message)
+                except Exception:  # a bug of ours must not cost everything that the other end has under way
+                    log.exception("a message could not be dealt with: %s", type(message).__name__)
             begin = end
         del self._read[:begin]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from proxy.workers.messages import Answer, Ask, Declined, Describe, Done, Granted, Lent, Lost, Recall, Report
 from scheduler.commands import Credit
 from scheduler.driver import Refused, Scheduler, Waiting
 from scheduler.events import CreditAsked, CreditReported, HolderCame, HolderGone
-from scheduler.model import Ticket
+from scheduler.model import RefusalCode, Ticket
+
+log = logging.getLogger("vramp.workers")
 
 
 class Desk:
@@ -68,7 +71,12 @@ class Desk:
         self._scheduler.dispatch(HolderGone(self.holder))
 
     def _ask(self, ticket: Ticket) -> None:
-        waiting = self._waiting[ticket.id] = self._scheduler.lease(ticket)
+        try:
+            waiting = self._waiting[ticket.id] = self._scheduler.lease(ticket)
+        except Exception:  # a bug of ours: this one request fails, as it would with the scheduler in its process
+            log.exception("a ticket could not be taken")
+            self._send(Declined(ticket.id, RefusalCode.STOPPING, "an error of vramp itself; its log has more", None))
+            return
         if waiting.done:
             if self._answer(waiting):
                 self._scheduler.dispatch(CreditAsked(self.holder, ticket.model))

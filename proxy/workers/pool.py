@@ -2,8 +2,8 @@
 
 They inherit the listening sockets, so a connection that nobody has accepted yet is lost with no worker (SO_REUSEPORT
 would give each a queue of its own, and reset what is in the queue of one that dies). A worker that ends is replaced at
-once, one that keeps ending after longer and longer pauses; one that does not answer for `HANGS_S` is killed, for it may
-hold credit that others wait for. What it held comes back by its desk; its counts stay on the metrics page.
+once, one that keeps ending after longer and longer pauses; one that does not answer for `hang_limit_s` is killed, for
+it may hold credit that others wait for. What it held comes back by its desk; its counts stay on the metrics page.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger("vramp.workers")
 
 COUNT_EVERY_S = 1.0
 COUNT_LIMIT_S = 0.5  # for a metrics page
-HANGS_S = 30.0
+START_LIMIT_S = 30.0  # for a worker that has not answered yet
 PREPARE_S = 30.0
 LEAVE_S = 5.0  # for the last words to clients and the access log's last lines
 FAST_DEATH_S = 5.0
@@ -344,9 +344,14 @@ class Workers:
             await asyncio.sleep(COUNT_EVERY_S)
             self._tell(Count())
             for worker in self._living():
-                if self._loop.time() - worker.heard_s > HANGS_S:
-                    log.error("worker %d has not answered for %g s: ending it", worker.pid, HANGS_S)
-                    worker.kill()
+                self._end_if_it_hangs(worker)
+
+    def _end_if_it_hangs(self, worker: Worker) -> None:
+        limit_s = self._config.server.hang_limit_s
+        silent_s = self._loop.time() - worker.heard_s
+        if limit_s and silent_s > (limit_s if worker.serving.is_set() else max(START_LIMIT_S, limit_s)):
+            log.error("worker %d has not answered for %.0f s ([server] hang_limit_s): ending it", worker.pid, silent_s)
+            worker.kill()
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60), pytes
 CONFIG = """
 [server]
 workers = 2
+hang_limit_s = 5
 api_keys = ["literal:sk-many", "literal:sk-few", "literal:sk-one"]
 
 [limits.keys."api_keys[1]"]
@@ -129,6 +130,13 @@ def workers(served: Served) -> list[dict[str, Any]]:
     return found
 
 
+def kill(served: Served, worker: dict[str, Any], number: int = signal.SIGKILL) -> None:
+    """Returns when another serves in its place."""
+    os.kill(worker["pid"], number)
+    served.wait(lambda: worker["pid"] not in [each["pid"] for each in workers(served)], "it lives on", 25)
+    served.wait(lambda: sum(each["serving"] for each in workers(served)) == 2, "nobody took its place", 20)
+
+
 def scheduler_of(served: Served, model: str) -> dict[str, Any]:
     found = json.loads(served.get("/admin/api/scheduler", admin=True))
     return next(each for each in found["models"] if each["id"] == model)
@@ -168,9 +176,7 @@ def test_metrics_are_one_page_that_never_goes_back(served: Served) -> None:
     page = served.get("/metrics", admin=True).decode()
     assert page.count("# TYPE vramp_requests_total counter") == 1
     time.sleep(1.2)  # so that the last counts of whoever dies next have been told
-    os.kill(workers(served)[0]["pid"], signal.SIGKILL)
-    assert requests_counted(served) >= before + 20
-    served.wait(lambda: sum(each["serving"] for each in workers(served)) == 2, "nobody took its place", 20)
+    kill(served, workers(served)[0])
     assert requests_counted(served) >= before + 20
 
 
@@ -216,6 +222,14 @@ def test_what_a_dead_worker_had_in_use_of_a_limit_is_free_again(served: Served) 
     served.wait(lambda: refusal(served, "one") == 200, "the call still counts", 20)
 
 
+def test_a_worker_that_hangs_is_replaced_and_what_it_held_is_free(served: Served) -> None:
+    chat(served)
+    served.wait(lambda: sum(each["serving"] for each in workers(served)) == 2, "not all serve", 20)
+    kill(served, workers(served)[0], signal.SIGSTOP)
+    for model in "cab":  # whatever credit it had on their engines, they can be stopped
+        assert chat(served, model)["model"] == model
+
+
 def test_a_reload_reaches_every_worker(served: Served) -> None:
     path = served.log.parent / "vramp.toml"
     path.write_text(CONFIG.replace('id = "b"', 'id = "renamed"'))
@@ -227,8 +241,7 @@ def test_a_reload_reaches_every_worker(served: Served) -> None:
     served.wait(lambda: all("renamed" in listed() for _ in range(8)), "a worker has the old configuration", 10)
     assert chat(served, "renamed")["model"] == "renamed"
     path.write_text("[server\n")
-    os.kill(workers(served)[0]["pid"], signal.SIGKILL)
-    served.wait(lambda: sum(each["serving"] for each in workers(served)) == 2, "a broken file stops workers", 20)
+    kill(served, workers(served)[0])
     assert all("renamed" in listed() for _ in range(8))
     path.write_text(CONFIG)
     os.kill(served.proxy_pid(), signal.SIGHUP)

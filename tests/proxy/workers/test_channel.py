@@ -103,3 +103,22 @@ async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyP
     end.channel.send(Word("x" * (4 << 20)))
     await until(lambda: end.lost == 1)
     theirs.close()
+
+
+async def test_a_message_that_cannot_be_dealt_with_costs_nothing_but_itself(
+    ends: tuple[End, End], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = ends
+    heard = other.heard.append
+
+    def hear(message: Word | Number) -> None:
+        if message == Number(2):
+            raise LookupError("a bug")
+        heard(message)
+
+    other.channel._hear = hear
+    for n in (1, 2, 3):
+        one.channel.send(Number(n))
+    await until(lambda: len(other.heard) == 2)
+    assert other.heard == [Number(1), Number(3)]
+    assert "Number" in caplog.text

@@ -209,6 +209,15 @@ async def test_a_refusal_reaches_the_worker_with_its_reason(office: Office) -> N
     assert await one(office, worker) == "http://a#1"
 
 
+async def test_a_bug_in_the_scheduler_fails_one_request(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = office.workers[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(office.core, "arrive", lambda *_: 1 / 0)
+        with worker.leases.lease(worker.ticket()) as waiting, pytest.raises(Refused):
+            await office.until(waiting.granted())
+    assert await one(office, worker) == "http://a#1"
+
+
 async def test_who_leaves_while_waiting_or_as_the_grant_arrives_leaves_nothing_behind(office: Office) -> None:
     office.engines.at_once = False
     worker = office.workers[0]
