@@ -6,7 +6,7 @@ somebody asks. Arrivals that were counted together are taken as spread evenly ov
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, inf
 
 FAST_S, SLOW_S = 7.5, 300.0  # a burst, and the trade of some minutes
 SHARE_FAST = 0.5
@@ -26,7 +26,7 @@ class Demand:
         self.served = 0  # answers ended since the last look, and
         self.busy_s = 0.0  # the seconds they took
         self.service_s = FIRST_SERVICE_S
-        self._seen_s = 0.0
+        self._seen_s = inf  # the last look; before the first, nobody knows since when they have come
         self._fast = self._slow = 0.0
 
     def rate(self, now: float, watched_s: float) -> float:
@@ -57,14 +57,14 @@ class Demand:
         return self.service_s
 
     def _roll(self, now: float) -> None:
-        passed = now - self._seen_s
-        if passed <= 0.0 and not self.count:
+        passed = now - min(now, self._seen_s)
+        if not passed and not self.count:
             return
         self._fast = _decayed(self._fast, self.count, passed, FAST_S)
         self._slow = _decayed(self._slow, self.count, passed, SLOW_S)
         self.total += self.count
         self.count = 0
-        self._seen_s = max(self._seen_s, now)
+        self._seen_s = now if self._seen_s == inf else max(self._seen_s, now)
 
 
 def _decayed(rate: float, count: int, passed: float, memory: float) -> float:

@@ -271,7 +271,8 @@ class Placement:
                 free += self._held(ledger, engine) - (model.spec.sleep_keeps_bytes or 0)
             elif not model.spec.pinned:
                 residents.append((model, self._held(ledger, engine)))
-        watched_s = max(LEAST_WATCHED_S, now - (self._watched_since or now))
+        since = now if self._watched_since is None else self._watched_since
+        watched_s = max(LEAST_WATCHED_S, now - since)
         return Scene(
             now,
             ledger,

@@ -35,6 +35,14 @@ def test_a_burst_raises_the_forecast_at_once_and_is_forgotten_in_time() -> None:
     assert demand.rate(660.0 + 5 * SLOW_S, 660.0 + 5 * SLOW_S) < 1e-3
 
 
+@pytest.mark.parametrize("begun_s", [0.0, 1e6])
+def test_what_came_before_the_first_look_counts_wherever_the_clock_began(begun_s: float) -> None:
+    """A machine's clock counts from its own start: ten requests must not be spread over its uptime."""
+    demand = Demand()
+    demand.count += 10
+    assert demand.slow_rate(begun_s, SLOW_S) == pytest.approx(10 / SLOW_S / 0.632, rel=0.01)
+
+
 def test_the_mean_service_is_learned_from_the_first_answer_on() -> None:
     demand = Demand()
     assert demand.mean_service_s() == FIRST_SERVICE_S

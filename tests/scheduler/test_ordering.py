@@ -17,7 +17,7 @@ from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, Residency, Sche
 from scheduler.ordering import Ordering, worst_wait_s
 from scheduler.policies.collate import Collate
 from scheduler.policies.fifo import Fifo
-from scheduler.policies.regret import SHARE_FIRST, Regret
+from scheduler.policies.regret import SHARE_FIRST, TAIL_HELD, Regret
 from scheduler.policies.shadow import CollateShadow
 from scheduler.policies.slack import Slack
 from scheduler.simulate.engine import REFERENCE, GiB, device
@@ -117,6 +117,22 @@ def test_the_late_gain_weight_until_they_are_served_and_share_first_lets_them_wa
     on_time = [sum(wait <= 10.0 for wait in waits) for waits in (collate, tail, share)]
     assert on_time[0] < on_time[1]
     assert sorted(tail)[693] < sorted(share)[693]
+
+
+@pytest.mark.parametrize("setting", [TAIL_HELD, SHARE_FIRST])
+def test_decisions_do_not_depend_on_where_the_clock_begins(setting: float) -> None:
+    """Times in powers of two, so that a later beginning changes no sum. A clock at zero was once taken for one that
+    has not begun, and every rate for hundreds of times what it was."""
+    rng = random.Random(5)
+    specs = [ModelSpec(f"m{i}", 24 * GiB, "memory", load_estimate_s=3.0) for i in range(8)]
+    rows = [(0.5 * i, f"m{min(7, int(rng.expovariate(0.5)))}", rng.randrange(64) / 8) for i in range(300)]
+
+    def waits(begin_s: float) -> list[float]:
+        requests = [Request(begin_s + at_s, name, duration_s=long_s) for at_s, name, long_s in rows]
+        core = Core([device(72 * GiB)], specs, endless_settings(10.0), ordering=Regret(setting))
+        return Simulation(core, REFERENCE.service_s, requests).run().waits_s
+
+    assert waits(0.0) == pytest.approx(waits(4096.0), abs=1e-6)
 
 
 # --------------------------------------------------------------- worst waits
