@@ -28,8 +28,10 @@ EVICTION_ROWS = (
     (SERVEGEN, 600, 144), (SERVEGEN, 600, 288), (SERVEGEN, 600, 576),
 )  # fmt: skip
 ORDERINGS = [policy for policy in POLICIES if policy.name in ("fifo", "collate", "slack", "vramp")]
-EVICTIONS = [
-    policy for policy in POLICIES if policy.name not in ("fifo", "collate", "slack") and policy.setting != "share"
+EVICTIONS = [  # the default's own is adaptive
+    policy
+    for policy in POLICIES
+    if policy.name not in ("fifo", "collate", "slack", "adaptive") and policy.setting != "share"
 ]
 
 

@@ -47,8 +47,8 @@ from scheduler.events import (
     Tick,
     UnloadAsked,
 )
+from scheduler.eviction.adaptive import Adaptive
 from scheduler.eviction.base import Eviction
-from scheduler.eviction.delay import ExpectedDelay
 from scheduler.fairness import Fairness
 from scheduler.footprints import Footprints
 from scheduler.lending import Lending
@@ -89,7 +89,7 @@ class Core:
             devices,
             models,
             self.ordering,
-            eviction or ExpectedDelay(),
+            eviction or Adaptive(),
             engines_before,
             self.fairness,
             timers=self._timers,

@@ -55,9 +55,10 @@ POLICIES = (
     Policy("gdsf", Collate, Gdsf),
     Policy("landlord", Collate, Landlord),
     Policy("idle_load_time", Collate, IdleLoadTime),
+    Policy("delay", Collate, ExpectedDelay),
     Policy("adaptive", Collate, Adaptive),
-    Policy("vramp", lambda: Regret(TAIL_HELD), ExpectedDelay, "tail", default=True),
-    Policy("vramp", lambda: Regret(SHARE_FIRST), ExpectedDelay, "share"),
+    Policy("vramp", lambda: Regret(TAIL_HELD), Adaptive, "tail", default=True),
+    Policy("vramp", lambda: Regret(SHARE_FIRST), Adaptive, "share"),
 )
 NAMES = tuple(dict.fromkeys(policy.name for policy in POLICIES))
 

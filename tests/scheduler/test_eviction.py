@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.eviction.adaptive import Adaptive
+from scheduler.eviction.adaptive import BURST, RATE_PER_S, Adaptive
 from scheduler.eviction.base import Candidate, Ranking, cheapest
 from scheduler.eviction.delay import ExpectedDelay
 from scheduler.eviction.gdsf import Gdsf
@@ -97,6 +97,23 @@ def test_expected_delay_weighs_rate_recency_load_and_size() -> None:
     assert names(policy.victims([resident("large", 40), resident("small", 10)], 1, 60.0)) == ["large"]
 
 
+def test_a_favourite_is_kept_until_it_has_been_silent_for_longer_than_a_rare_one_takes_to_return() -> None:
+    """One request in ten seconds against one in a minute that has come a moment ago."""
+
+    def given_up(silent_s: float) -> list[str]:
+        here = [resident("favourite", rate=0.1, last_used_s=100.0 - silent_s)]
+        here.append(resident("rare", rate=1 / 60, last_used_s=99.0))
+        return names(ExpectedDelay().victims(here, 1, 100.0))
+
+    assert given_up(silent_s=20.0) == ["rare"]
+    assert given_up(silent_s=60.0) == ["favourite"]
+
+
+def test_a_model_that_nobody_was_seen_to_ask_for_is_worth_next_to_nothing() -> None:
+    here = [resident("loaded by hand", rate=0.0, last_used_s=99.0), resident("old", rate=0.01, last_used_s=1.0)]
+    assert names(ExpectedDelay().victims(here, 1, 100.0)) == ["loaded by hand"]
+
+
 def test_victims_that_a_later_larger_one_makes_needless_are_spared() -> None:
     here = [resident("a", 3), resident("b", 3), resident("large", 10)]
     assert names(cheapest(here, 9, lambda c: (c.model != "a", c.model != "b"))) == ["large"]
@@ -126,9 +143,37 @@ def test_the_adaptive_policy_follows_the_rule_that_loads_least() -> None:
     assert paid[type(leader).__name__] == min(paid.values()) < paid["Lru"]
 
 
+def test_the_adaptive_policy_asks_the_default_estimate_until_a_rule_has_paid_less() -> None:
+    cache = Cache(slots=2, models=3)
+    assert isinstance(cache.policy.leader(), ExpectedDelay)
+    cache.ask(0.0, "m0")
+    cache.ask(1.0, "m1")
+    assert isinstance(cache.policy.leader(), ExpectedDelay)
+
+
+def test_a_flood_is_shadowed_in_part_and_a_burst_as_a_whole() -> None:
+    """A shadow costs work at every miss: what it sees a second is bounded, whatever comes."""
+    cache = Cache(slots=2, models=30)
+    for turn in range(10_000):
+        cache.ask(turn / 1000, f"m{turn % 30}")  # ten seconds
+    assert sum(cache.policy._uses.values()) == pytest.approx(BURST + 10 * RATE_PER_S, abs=2)
+    calm = Cache(slots=2, models=30)
+    for turn in range(int(BURST)):
+        calm.ask(5.0, f"m{turn % 30}")
+    assert sum(calm.policy._uses.values()) == BURST
+
+
 def test_the_adaptive_policy_forgets_a_model_that_was_removed() -> None:
     cache = Cache(slots=1, models=2)
     cache.ask(0.0, "m0")
     cache.policy.saw([(1.0, "gone")])
     cache.ask(2.0, "m1")
     assert names(cache.policy.victims([resident("m0")], 1, 3.0)) == ["m0"]
+
+
+def test_a_shadow_gives_up_a_resident_that_the_configuration_no_longer_has() -> None:
+    cache = Cache(slots=1, models=2)
+    cache.ask(0.0, "m0")
+    del cache.states["m0"]
+    cache.ask(1.0, "m1")
+    assert [list(shadow._resident) for _, shadow in cache.policy._pairs] == [["m1"]] * 5
