@@ -12,10 +12,10 @@ those that come while they drain. The seconds are those of the load and, counted
 device stands idle until the victims have drained; they weigh with a power slightly above one, because what is loaded
 quickly can be followed by something else sooner.
 
-`tail`, a factor on A, is the one setting. At 1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
-that of llama-swap's rule, with far more requests on time. At 6 (`SHARE_FIRST`) more still are on time, and the late
-ones wait some two to three times as long. The tail is held by default because callers of a proxy time out: an answer
-after minutes is worth nothing to them, and the two to eight points of share do not make up for it.
+`tail`, a factor on A, is the one setting. At 1.1 (`TAIL_HELD`, the default) the 99th percentile of the wait stays near
+that of llama-swap's rule, with far more requests on time. At 10 (`SHARE_FIRST`) more still are on time, and the late
+ones wait up to three times as long. The tail is held by default because callers of a proxy time out: an answer
+after minutes is worth nothing to them, and up to twelve points of share do not make up for it.
 
 No wait is longer than `scheduler.ordering.worst_wait_s`. The parameters were found on redraws of two public traces
 (arrivals jittered, models permuted over sizes, other windows); docs/scheduling.md has what they reach elsewhere.
@@ -31,14 +31,14 @@ from scheduler.ordering import Choice, Scene, overdue
 from scheduler.policies.shadow import CollateShadow
 from scheduler.state import ModelState
 
-TAIL_HELD, SHARE_FIRST = 1.0, 6.0
+TAIL_HELD, SHARE_FIRST = 1.1, 10.0
 
 REGRET = 0.4
 LATER_S = 5.0
 VICTIM_AHEAD_S = 8.0  # requests expected for a victim within so many seconds count,
 RETURN_WORTH = 0.1  # but a second of load to bring it back is worth no more than so many requests
 DRAIN_COST = 1.5  # a second of waiting for victims to drain, in seconds of load
-DRAIN_LOSS = 0.25  # of a request on time, for each that is expected at a victim while it drains
+DRAIN_LOSS = 2.0  # requests on time, for each that is expected at a victim while it drains: it waits for a new load
 STEEP = 1.15
 LEAST_SCALE = 1.0  # in multiples of the patience
 YARDSTICK_S = 1.0  # A is looked up so often
