@@ -11,6 +11,7 @@ the log then counts.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from operator import attrgetter
 
@@ -21,6 +22,8 @@ from proxy.errors import Unavailable
 from proxy.observe.lines import RETRY_S, LineWriter
 from proxy.observe.metrics import UsageRows
 from proxy.observe.outcome import Outcome
+
+log = logging.getLogger("vramp.usage")
 
 MOST_PENDING = 50_000  # about 25 MB
 ROOM_IN_FLIGHT = 50_000  # above those, for calls that began before: more than descriptors allow
@@ -59,6 +62,7 @@ class UsageLog:
     def __init__(self, target: str) -> None:
         self._writer: LineWriter | None = None
         self._pending: deque[bytes] = deque()
+        self._told: int | None = None  # the batch that the log was told of
         if target != "off":
             self._writer = LineWriter("usage", target, row_of, MOST_PENDING + ROOM_IN_FLIGHT)
             self._pending = self._writer.pending
@@ -67,6 +71,15 @@ class UsageLog:
     def full(self) -> bool:
         """Whether new calls are to be refused."""
         return len(self._pending) >= MOST_PENDING
+
+    def refusal(self) -> Unavailable:
+        """Of a call that comes while this is `full`. The log is told once in each batch: a writer that is only slow has
+        failed at nothing, and would say nothing."""
+        if self._writer is not None and self._told != self._writer.batches:
+            self._told = self._writer.batches
+            log.warning("new calls are refused: %d usage rows wait to be written", len(self._pending))
+        words = "Usage cannot be written in time ([store] usage), and nobody is served unrecorded. The log says more."
+        return Unavailable(words, code="usage_unwritable", retry_after_s=RETRY_S)
 
     def write(self, outcome: Outcome) -> None:
         """Take the row of a call that ended, if its caller is known."""
@@ -88,12 +101,6 @@ class UsageLog:
         if self._writer is None:
             return None
         return UsageRows(len(self._pending), self._writer.failures, self._writer.dropped)
-
-
-def unrecordable() -> Unavailable:
-    """The refusal of a call whose usage could not be kept."""
-    words = "Usage cannot be written ([store] usage), and nobody is served unrecorded. The log of vramp says why."
-    return Unavailable(words, code="usage_unwritable", retry_after_s=RETRY_S)
 
 
 def row_of(at: float, outcome: Outcome) -> bytes:

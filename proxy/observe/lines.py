@@ -38,12 +38,16 @@ class LineWriter:
     outcome and to read it again when it is out of the caches, while requests wait for the interpreter. One thread takes
     (`put` and the others) and one writes: a deque between them needs no lock. The thread is a daemon, for one that
     hangs in a full pipe must not keep the process from ending.
+
+    A thread that lets the interpreter go waits for a busy loop to give it back. So it does that a few times in a batch,
+    never once for so many lines: lines would come faster than it takes them.
     """
 
     def __init__(self, name: str, path: str | None, encode: Encode, most_pending: int) -> None:
         self.pending: deque[bytes] = deque()
         self.dropped = 0
         self.failures = 0  # attempts to write
+        self.batches = 0  # that were taken to be written
         self._log = logging.getLogger("vramp.lines")
         self._name = name
         self._path = path
@@ -100,6 +104,7 @@ class LineWriter:
             os.close(self._fd)
 
     def _take(self) -> None:
+        self.batches += 1
         lines = [self.pending.popleft() for _ in range(len(self.pending))]
         dropped = self.dropped
         if dropped > self._dropped_told:

@@ -15,7 +15,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
-from proxy.accounting.usage import UsageLog, unrecordable
+from proxy.accounting.usage import UsageLog
 from proxy.catalog.catalog import Deployment
 from proxy.config import TimeoutsConfig
 from proxy.dialects.call import Dialect
@@ -165,7 +165,7 @@ class Handler:
         route = routes.find(request.method, request.path)
         if route.endpoint is not None and not self.ready:
             if self._usage.full:
-                raise unrecordable()
+                raise self._usage.refusal()
             raise Unavailable("vramp is stopping or not up yet.", code="stopping", retry_after_s=1.0)
         return route
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import os
+import threading
 from pathlib import Path
 
 import orjson
@@ -8,8 +11,9 @@ import pytest
 from proxy.accounting import usage
 from proxy.accounting.usage import Row, UsageLog, row_of
 from proxy.observe import lines
-from proxy.observe.metrics import Metrics
+from proxy.observe.metrics import Metrics, UsageRows
 from proxy.observe.outcome import Outcome
+from tests.fakes import until
 
 
 def outcome(tenant: str = "alice") -> Outcome:
@@ -62,3 +66,33 @@ async def test_a_scrape_says_how_rows_are_written(tmp_path: Path, monkeypatch: p
     await log.close()
     assert not log.full
     assert [metrics.registry.get_sample_value(name) for name in names] == [0, 0, 0]
+
+
+async def test_the_log_says_once_a_batch_why_calls_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is only slow fails at nothing: without this the refusals would have no cause."""
+    let, write = threading.Semaphore(0), os.write
+
+    def slow(fd: int, data: bytes) -> int:
+        let.acquire()
+        return write(fd, data)
+
+    monkeypatch.setattr(lines, "FLUSH_S", 0.001)
+    monkeypatch.setattr(lines.os, "write", slow)
+    monkeypatch.setattr(usage, "MOST_PENDING", 2)
+    caplog.set_level(logging.WARNING, "vramp")
+    log = UsageLog(str(tmp_path / "usage.jsonl"))
+    log.write(outcome())
+    for _ in range(2):
+        await until(lambda: log.rows() == UsageRows(pending=0))  # taken, and being written
+        log.write(outcome())
+        log.write(outcome())
+        assert log.full
+        assert {log.refusal().code for _ in range(3)} == {"usage_unwritable"}
+        let.release()
+    let.release()
+    await log.close()
+    assert not log.full
+    told = "new calls are refused: 2 usage rows wait to be written"
+    assert [each.getMessage() for each in caplog.records] == [told, told]

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import select
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,25 @@ async def test_two_writers_of_one_file_tear_no_line(tmp_path: Path, disk: Disk) 
     for writer in writers:
         await writer.close()
     assert sorted(ids(tmp_path / "log")) == sorted(f"r{at}" for at in range(5000))
+
+
+async def test_a_loop_that_is_never_idle_does_not_hold_up_the_lines(tmp_path: Path, disk: Disk) -> None:
+    """At each pause in the taking of a batch the thread would wait for this one, which goes on with other things."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.01)
+    try:
+        writer = LineWriter("the log", str(tmp_path / "log"), lambda _at, _outcome: b"a line\n", 100_000)
+        for at in range(20_000):
+            writer.put(outcome(at))
+        pauses, left = 0, len(writer.pending)
+        while left and pauses < 20:  # a machine that is busy elsewhere may add one now and then
+            now = len(writer.pending)
+            pauses += now < left
+            left = now
+    finally:
+        sys.setswitchinterval(interval)
+    await writer.close()
+    assert left == 0, f"{left} lines are left after {pauses} pauses"
 
 
 async def test_a_pipe_gets_whole_lines_in_writes_that_stay_in_one_piece(tmp_path: Path, disk: Disk) -> None:
