@@ -159,13 +159,13 @@ class Rig:
 LENDER = textwrap.dedent(
     """
     import os, signal, socket, sys
+    # Before the test hears of us, and waited for, not handled: no SIGTERM finds us not ready for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     with socket.socket(socket.AF_UNIX) as borrower:
         borrower.connect(sys.argv[1])
-        socket.send_fds(borrower, [b"k"], [int(os.environ["VRAMP_KEEPER_FD"])])
+        socket.send_fds(borrower, [b"%d" % os.getpid()], [int(os.environ["VRAMP_KEEPER_FD"])])
     os.close(int(os.environ["VRAMP_KEEPER_FD"]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    while True:
-        signal.pause()
+    signal.sigwait([signal.SIGTERM])
     """
 )
 
@@ -183,10 +183,14 @@ class LendingRig(Rig):
 
     def borrow(self) -> socket.socket:
         """The next proxy's end of the keeper's socket."""
+        return self.lent()[1]
+
+    def lent(self) -> tuple[int, socket.socket]:
+        """The next proxy's pid, and its end of the keeper's socket."""
         lender, _ = self._meeting.accept()
         with lender:
-            _, descriptors, _, _ = socket.recv_fds(lender, 1, 1)
-        return socket.socket(fileno=descriptors[0])
+            pid, descriptors, _, _ = socket.recv_fds(lender, 16, 1)
+        return int(pid), socket.socket(fileno=descriptors[0])
 
     def proxy_pid(self) -> int:
         pids = [process.pid for process in reaper.processes() if process.parent == self.process.pid]

@@ -83,8 +83,8 @@ def test_sigterm_in_an_upgrade_ends_all(rig: Callable[..., Rig]) -> None:
 class Talk:
     """One proxy's end of the keeper's socket."""
 
-    def __init__(self, sock: Any) -> None:
-        self.sock = sock
+    def __init__(self, pid: int, sock: Any) -> None:
+        self.pid, self.sock = pid, sock
         sock.settimeout(4)
 
     def say(self, **message: Any) -> None:
@@ -100,7 +100,7 @@ class Talk:
 def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_to_ask(tmp_path: Path) -> None:
     kept = LendingRig(tmp_path / "state")
     try:
-        old = Talk(kept.borrow())
+        old = Talk(*kept.lent())
         old.say(op="take_over", id="1", protocol=1)
         assert old.hears("taken_over")["handed"] is None
         old.say(op="ready")
@@ -108,7 +108,7 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
         old.say(op="list", id="2")
         old.hears("listed")  # so it has heard the rest as well
         kept.process.send_signal(signal.SIGUSR2)
-        new = Talk(kept.borrow())
+        new = Talk(*kept.lent())
         new.say(op="take_over", id="3", protocol=1)
         old.hears("hand_over")
         old.say(op="peer", body={"lease": 1})
@@ -117,13 +117,13 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
         assert new.hears("taken_over")["handed"] == ["a#1"]
         new.say(op="peer", body={"granted": 1})
         assert old.hears("peer")["body"] == {"granted": 1}
-        os.kill(max(proxies(kept)), signal.SIGKILL)
-        again = Talk(kept.borrow())
+        os.kill(new.pid, signal.SIGKILL)
+        again = Talk(*kept.lent())
         again.say(op="take_over", id="4", protocol=1)
         old.hears("hand_over")
         old.say(op="handed", handed=[])
         assert again.hears("taken_over")["handed"] == []
-        os.kill(min(proxies(kept)), signal.SIGTERM)
+        os.kill(old.pid, signal.SIGTERM)
         again.hears("left")
         again.say(op="ready")
         for each in (old, new, again):
@@ -136,12 +136,12 @@ def test_the_keeper_carries_what_the_two_say_and_tells_a_second_successor_whom_t
 def test_two_that_hand_over_in_different_ways_are_not_joined(tmp_path: Path) -> None:
     kept = LendingRig(tmp_path / "state")
     try:
-        old = Talk(kept.borrow())
+        old = Talk(*kept.lent())
         for message in ({"op": "take_over", "id": "1", "protocol": 1}, {"op": "ready"}, {"op": "list", "id": "2"}):
             old.say(**message)
         old.hears("listed")
         kept.process.send_signal(signal.SIGUSR2)
-        new = Talk(kept.borrow())
+        new = Talk(*kept.lent())
         new.say(op="take_over", id="3", protocol=2)
         old.hears("go_on")
         for each in (old, new):
