@@ -85,15 +85,16 @@ class Channel:
         """Whether the other side may still hear us."""
         return self._sock.fileno() >= 0
 
-    def send(self, message: Message) -> None:
-        """Queue one message; lost when the other side has gone, and answered to it as failed when it is too long."""
+    def send(self, message: Message) -> bool:
+        """Queue one message, answered to the other side as failed when it is too long. False: that side has gone."""
         packet = json.dumps(message).encode()
         if len(packet) > PACKET_LIMIT:
             self._say(f"a message of {len(packet)} bytes is longer than {PACKET_LIMIT}")
             packet = json.dumps({"op": "failed", "id": message.get("id"), "reason": "the answer is too long"}).encode()
-        if self.is_open:
-            self._outbox.append(packet)
-            self._flush()
+        if not self.is_open:
+            return False
+        self._outbox.append(packet)
+        return self._flush()
 
     def drain(self) -> None:
         """Hear what was sent before the other side went."""
@@ -129,7 +130,8 @@ class Channel:
             self._say(f"refused a message that makes no sense ({error!r}): {packet[:200]!r}")
         return True
 
-    def _flush(self) -> None:
+    def _flush(self) -> bool:
+        has_gone = False
         try:
             while self._outbox:
                 self._sock.send(self._outbox[0])
@@ -137,6 +139,8 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError:
-            self._outbox.clear()  # the other side has gone; its end is told by SIGCHLD, not here
+            self._outbox.clear()
+            has_gone = True  # what follows from it follows when SIGCHLD tells of its end, not here
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
         self._loop.selector.modify(self._sock, wanted, self._turn)
+        return not has_gone

@@ -58,10 +58,9 @@ class Proxy:
         """0 before it was started."""
         return self.child.pid if self.child else 0
 
-    def send(self, message: Message) -> None:
-        """Lost when it has gone."""
-        if self.channel is not None:
-            self.channel.send(message)
+    def send(self, message: Message) -> bool:
+        """False, and lost, when it has gone, which may be before SIGCHLD tells of it."""
+        return self.channel is not None and self.channel.send(message)
 
 
 class Proxies:
@@ -88,7 +87,7 @@ class Proxies:
         self._leaving: Proxy | None = None  # has handed them over, and finishes its requests
         self._status = 0
         self._numbers = itertools.count(1)
-        self._unheard: deque[Message] = deque(maxlen=100)  # ends of engines while there was no proxy
+        self._unheard: deque[Message] = deque(maxlen=100)  # ends of engines while no proxy could hear
         self._fast_deaths = 0
         self._was_ready = self._stopping = False
         self._beat_at_s = time.monotonic()
@@ -103,10 +102,10 @@ class Proxies:
 
     def tell(self, message: Message) -> None:
         """Tell whoever serves or has requests in flight; the end of an engine waits for the next who serves."""
-        for proxy in (self._serving, self._leaving):
-            if proxy is not None:
-                proxy.send(message)
-        if self._serving is None and message["op"] == "exited":
+        if self._leaving is not None:
+            self._leaving.send(message)
+        is_heard = self._serving is not None and self._serving.send(message)
+        if not is_heard and message["op"] == "exited":
             self._unheard.append(message)
 
     def reload(self) -> None:
@@ -151,9 +150,12 @@ class Proxies:
         self._serving = self._start()
         if self._serving is None:
             self._give_up(1)
-            return
+        else:
+            self._tell_unheard(self._serving)
+
+    def _tell_unheard(self, proxy: Proxy) -> None:
         while self._unheard:
-            self._serving.send(self._unheard.popleft())
+            proxy.send(self._unheard.popleft())
 
     def _start(self) -> Proxy | None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -198,6 +200,7 @@ class Proxies:
             say(f"the proxy {ended(status)} before it could hand over: its successor goes on")
             self._serving, self._successor = self._successor, None
             self._serving.send({"op": "left"})
+            self._tell_unheard(self._serving)
             self._answer_taking(None)
         elif status == REFUSED and not self._was_ready:
             self._give_up(REFUSED)

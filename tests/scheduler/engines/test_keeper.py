@@ -78,13 +78,21 @@ def test_a_dead_proxy_is_replaced_and_neither_engine_nor_waiting_client_is_lost(
     assert kept.ask("list")["engines"][0]["meta"] == {"model": "a"}
 
 
-def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(rig: Callable[..., Rig]) -> None:
-    kept = rig(setup="keeper_proxies.BACKOFF_FIRST_S = 0.3")
-    kept.ask("die")
+@pytest.mark.parametrize("first", ["proxy", "engine"])
+def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(
+    rig: Callable[..., Rig], first: str
+) -> None:
+    kept = rig()
     engine = kept.spawn("a", SLEEP)["pid"]
-    kept.ask("die")  # the second fast death in a row: now there is a pause
-    os.kill(engine, signal.SIGKILL)
-    assert kept.exited() == [
+    if first == "engine":  # the keeper learns of the ends of its children in the order in which it started them
+        kept.ask("die")
+    proxy = kept.ask("who")["pid"]
+    kept.process.send_signal(signal.SIGSTOP)  # so that both are dead before it learns of the first
+    for pid in (proxy, engine):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not lives(proxy) and not lives(engine))
+    kept.process.send_signal(signal.SIGCONT)
+    assert eventually(kept.exited) == [
         {"op": "exited", "tag": "a", "pid": engine, "status": -signal.SIGKILL, "meta": {"model": "a"}}
     ]
     assert kept.engines() == []
