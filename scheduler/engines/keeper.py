@@ -29,7 +29,7 @@ from scheduler.engines.keeper_sockets import Listener, bind_all, say
 FORK_LIMIT_S = 20.0
 ENGINE_STOP_S = 10.0
 
-Reply = Callable[[Message], None]
+Reply = Callable[[Message], object]
 
 
 class Launcher:
