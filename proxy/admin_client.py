@@ -91,6 +91,14 @@ class DecisionStatus(msgspec.Struct, frozen=True):
     why: str
 
 
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """One of several processes that serve clients. `serving`: it has begun to."""
+
+    pid: int
+    serving: bool = True
+    in_flight: int = 0
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole of GET /admin/api/status. Keys that we do not know are a newer server's, and ignored."""
 
@@ -103,6 +111,8 @@ class Status(msgspec.Struct, frozen=True):
     waiting: tuple[Waiting, ...] = ()
     queues: tuple[QueueStatus, ...] = ()
     decisions: tuple[DecisionStatus, ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
+    worker_restarts: int | None = None  # None where the proxy serves by itself
 
 
 class Step(msgspec.Struct, frozen=True):

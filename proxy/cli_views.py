@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from proxy.admin_client import AdminError, DecisionStatus, DeviceStatus, ModelStatus, QueueStatus, Status
+from proxy.admin_client import AdminError, DecisionStatus, DeviceStatus, ModelStatus, QueueStatus, Status, WorkerStatus
 from proxy.sizes import format_size
 
 BAR_CELLS: Final = 24
@@ -44,10 +44,12 @@ def console() -> Console:
 
 
 def status_view(status: Status) -> RenderableType:
-    """Devices, models, queue and the last decisions."""
+    """Devices, models, workers, queue and the last decisions."""
     head = f"vramp {status.version} ({status.backend}), up {_ago(status.uptime_s)}, {status.config}"
     waiting = ", ".join(f"{group.count} {group.latency_class}" for group in status.waiting if group.count)
     parts: list[RenderableType] = [Text(head, style="dim"), _devices(status.devices), _models(status.models)]
+    if status.worker_restarts is not None:
+        parts.append(_workers(status.workers, status.worker_restarts))
     parts.append(Text(f"waiting: {waiting or 'nobody'}"))
     if status.queues:
         parts.append(_queues(status.queues))
@@ -139,6 +141,11 @@ def _models(models: tuple[ModelStatus, ...]) -> Table:
         for model in models
     ]
     return _filled(rows)
+
+
+def _workers(workers: tuple[WorkerStatus, ...], restarts: int) -> Text:
+    told = (f"{each.pid} ({each.in_flight} in flight{'' if each.serving else ', starting'})" for each in workers)
+    return Text(f"workers: {', '.join(told) or 'none runs'}; restarts: {restarts}")
 
 
 def _queues(queues: tuple[QueueStatus, ...]) -> Table:

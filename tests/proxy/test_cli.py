@@ -174,6 +174,21 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     assert lines[-1] == "5s ago  evict demo-story: demo-code needs 1GiB"
 
 
+def test_status_shows_workers_where_there_are_some(admin: FakeAdmin) -> None:
+    def shown(**more: object) -> list[str]:
+        admin.answers["GET /admin/api/status"] = (200, json.dumps(STATUS | more).encode())
+        return [line for line in admin.run("status").output.splitlines() if line.startswith("workers")]
+
+    workers = [
+        {"worker": 3, "pid": 411, "serving": True, "in_flight": 7, "tickets": 7, "uptime_s": 9.5},
+        {"worker": 4, "pid": 412, "serving": False, "in_flight": 0, "tickets": 0, "uptime_s": 0.1},
+    ]
+    line = "workers: 411 (7 in flight), 412 (0 in flight, starting); restarts: 2"
+    assert shown(workers=workers, worker_restarts=2) == [line]
+    assert shown(workers=[], worker_restarts=5) == ["workers: none runs; restarts: 5"]
+    assert shown() == []
+
+
 def test_a_narrow_terminal_does_not_cut_names(admin: FakeAdmin) -> None:
     output = admin.run("status", COLUMNS="60").output
     assert "demo-chat (pinned)" in output
