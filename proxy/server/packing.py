@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import accumulate
 
 import msgspec
@@ -40,6 +41,7 @@ PARAMETERS = frozenset({"model", "encoding_format", "dimensions", "user"})
 
 Parameters = tuple[tuple[str, bytes], ...]  # sorted; the values are JSON as it was written
 Key = tuple[str, bool, Parameters]  # base URL, texts or tokens
+After = Callable[[float, Callable[[], None]], asyncio.TimerHandle]
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -154,11 +156,15 @@ class _Pack:
             self.task.cancel()
 
 
-class Packer:
-    """Everything of one configuration that is packed or could be."""
+def _after(delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(delay_s, call)
 
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
+
+class Packer:
+    """Everything of one configuration that is packed or could be. `after(delay_s, call)` is the clock."""
+
+    def __init__(self, window_s: float, after: After = _after) -> None:
+        self._window_s, self._after = window_s, after
         self._busy: dict[str, int] = {}  # by deployment: embedding calls on their way
         self._packs: dict[Key, _Pack] = {}  # those that gather
         self._inexact: set[tuple[str, bool]] = set()
@@ -166,6 +172,10 @@ class Packer:
     def is_busy(self, name: str) -> bool:
         """Whether a call on its way to this deployment makes others gather."""
         return name in self._busy
+
+    def gathering(self, name: str) -> int:
+        """How many callers gather for this deployment, whoever has left included."""
+        return sum(len(pack.answers) for pack in self._packs.values() if pack.engine.name == name)
 
     def begin(self, name: str) -> None:
         """A call is on its way to this deployment."""
@@ -207,7 +217,7 @@ class Packer:
         pack = self._packs.get(key)
         if pack is None:
             pack = self._packs[key] = _Pack(key, engine)
-            pack.timer = asyncio.get_running_loop().call_later(self._window_s, self._close, pack)
+            pack.timer = self._after(self._window_s, partial(self._close, pack))
         answer = pack.join(part)
         if pack.inputs + MOST_OWN > MOST_INPUTS:
             self._close(pack)

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -68,6 +69,19 @@ class Embedder:
         return len(given) if isinstance(given, str) else sum(given)
 
 
+class Window:
+    """The packer's clock: a window that is over when the test says so."""
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.over: Callable[[], None] = lambda: None
+
+    def __call__(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        self.opened += 1
+        self.over = call
+        return asyncio.get_running_loop().call_later(3600, call)
+
+
 @pytest.fixture
 async def engine(proxy: Proxy) -> AsyncIterator[Embedder]:
     """A vLLM that is busy with a first call; the others gather until it is told to `go`."""
@@ -84,7 +98,7 @@ async def engine(proxy: Proxy) -> AsyncIterator[Embedder]:
     assert proxy.state.packer is None or not proxy.state.packer.is_busy("demo-embed")
 
 
-def configure(proxy: Proxy, kind: str = "vllm", window_ms: float = 1000.0) -> None:
+def configure(proxy: Proxy, kind: str = "vllm", window_ms: float = 1000.0) -> Window:
     proxy.configure(
         backends=(BackendConfig(name="engines", kind=kind),),
         models=(
@@ -93,6 +107,11 @@ def configure(proxy: Proxy, kind: str = "vllm", window_ms: float = 1000.0) -> No
         ),
         limits=LimitsConfig(embed_window_ms=window_ms),
     )
+    window = Window()
+    if window_ms:
+        packer = Packer(window_ms / 1000, window)
+        proxy.state = proxy.handler.state = msgspec.structs.replace(proxy.state, packer=packer)
+    return window
 
 
 async def post(proxy: Proxy, given: Any, headers: dict[str, str] | None = None, **more: Any) -> tuple[int, Any, Any]:
@@ -109,9 +128,10 @@ async def embed(proxy: Proxy, given: Any, **more: Any) -> Any:
 
 async def gather(proxy: Proxy, *inputs: Any) -> list[asyncio.Task[tuple[int, Any, Any]]]:
     """Callers with these inputs, all of whom hold a lease and wait."""
-    before = len(proxy.scheduler.tickets)
+    packer = proxy.state.packer
+    assert packer is not None
     tasks = [asyncio.create_task(post(proxy, each)) for each in inputs]
-    await until(lambda: len(proxy.scheduler.tickets) == before + len(inputs))
+    await until(lambda: packer.gathering("demo-embed") == len(inputs))
     return tasks
 
 
@@ -121,12 +141,13 @@ async def under_way(
     """A first call, and callers whose pack has reached the engine; nothing is answered until it is told to `go`."""
     engine.go.set()
     await proxy.settled()
-    configure(proxy, window_ms=5)
+    window = configure(proxy)
     engine.go.clear()
     calls = len(engine.calls)
     first = asyncio.create_task(embed(proxy, [1]))
     await until(lambda: len(engine.calls) == calls + 1)
     callers = await gather(proxy, *inputs)
+    window.over()
     await until(lambda: len(engine.calls) == calls + 2)
     return first, callers
 
@@ -161,15 +182,14 @@ async def test_the_rows_of_the_log_and_the_leases_are_one_for_each_caller(proxy:
 
 
 async def test_a_caller_who_is_alone_is_sent_on_at_once_byte_for_byte(proxy: Proxy) -> None:
-    configure(proxy, window_ms=1000)
+    window = configure(proxy)
     engine = Embedder()
     engine.go.set()
     proxy.upstream.behave = engine
     body = b' {"input" :[1,\n2], "model":"demo-embed"}'
-    began = asyncio.get_running_loop().time()
     response = await proxy.session.post("/v1/embeddings", data=body, headers={"content-type": "application/json"})
     assert "x-vramp-packed" not in response.headers
-    assert asyncio.get_running_loop().time() - began < 0.9
+    assert window.opened == 0
     assert proxy.upstream.requests[-1][2] == body
 
 
@@ -188,6 +208,17 @@ async def test_the_window_ends_the_gathering_though_the_engine_is_still_busy(pro
     engine.go.set()
     assert [answer["data"][0]["embedding"][0] for _, _, answer in await asyncio.gather(*callers)] == [2, 3]
     await first
+
+
+async def test_the_window_is_over_when_its_time_is(proxy: Proxy) -> None:
+    configure(proxy)
+    packer = Packer(0.001)
+    engine = Engine("m", proxy.state.providers["engines"], proxy.upstream.base_url, tokenizes=True)
+    proxy.upstream.behave = answers = Embedder()
+    answers.go.set()
+    packer.begin("m")  # and never over: nothing but the clock ends the gathering
+    async with packer.send(engine, b'{"model":"m","input":[1]}') as upstream:
+        assert upstream.status == 200
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
