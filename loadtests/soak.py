@@ -23,6 +23,7 @@ from pathlib import Path
 
 import aiohttp
 import msgspec
+import psutil
 import uvloop
 
 from loadtests import bench
@@ -165,13 +166,23 @@ class Client:
 
 def look(subject: bench.Subject, began: float) -> Sample:
     """The keeper's and the proxy's memory, descriptors and threads."""
-    own = [each for each in subject.tree() if is_ours(each.cmdline())]
+    own = ours(subject)
     return Sample(
         time.monotonic() - began,
         sum(each.memory_info().rss for each in own),
         sum(each.num_fds() for each in own),
         sum(each.num_threads() for each in own),
     )
+
+
+def ours(subject: bench.Subject) -> list[psutil.Process]:
+    """The server's own processes. Engines come and go; one that is just going has no command any more."""
+    found = []
+    for each in subject.tree():
+        with contextlib.suppress(psutil.Error):
+            if is_ours(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def is_ours(command: list[str]) -> bool:
