@@ -13,6 +13,7 @@ from collections.abc import Callable
 LOOK_S = 5.0
 CROWD = 500  # requests at once: fewer leave nothing worth the call
 GONE = 4  # a crowd has gone when no more than one in so many is left
+LOOKS = 12  # so many more times: idle connections upstream and timers let go of theirs within a minute
 
 
 def malloc_trim() -> Callable[[], object] | None:
@@ -28,6 +29,7 @@ class Trimmer:
         self._in_flight = in_flight
         self._give_back = give_back
         self._most = 0
+        self._left = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -41,9 +43,11 @@ class Trimmer:
             self._timer.cancel()
 
     def look(self) -> None:
-        """Once the crowd has gone, give back what it left."""
+        """Once the crowd has gone, give back what it left, and for a minute what it leaves behind."""
         now = self._in_flight()
         if self._most >= CROWD and now * GONE <= self._most:
-            self._give_back()
-            self._most = 0
+            self._most, self._left = 0, LOOKS
         self._most = max(self._most, now)
+        if self._left:
+            self._left -= 1
+            self._give_back()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from proxy.server.trim import CROWD, Trimmer, malloc_trim
+from proxy.server.trim import CROWD, LOOKS, Trimmer, malloc_trim
 
 
 class World:
@@ -22,8 +22,11 @@ class World:
         return self.given
 
 
-def test_memory_goes_back_once_when_a_crowd_has_gone() -> None:
-    assert World().see(0, CROWD, 10 * CROWD, 9 * CROWD, 3 * CROWD, 1, 0, 0) == 1
+def test_memory_goes_back_when_a_crowd_has_gone_and_for_a_minute_after() -> None:
+    world = World()
+    assert world.see(0, CROWD, 10 * CROWD, 9 * CROWD, 3 * CROWD) == 0
+    assert world.see(1) == 1
+    assert world.see(*[0] * 100) == LOOKS
 
 
 def test_a_few_requests_are_no_crowd() -> None:
@@ -35,7 +38,9 @@ def test_a_crowd_that_stays_keeps_its_memory() -> None:
 
 
 def test_every_crowd_is_followed_by_a_look() -> None:
-    assert World().see(CROWD, 0, CROWD, 0) == 2
+    world = World()
+    world.see(CROWD, *[0] * 100)
+    assert world.see(CROWD, *[0] * 100) == 2 * LOOKS
 
 
 async def test_looking_goes_on_until_it_is_stopped() -> None:
