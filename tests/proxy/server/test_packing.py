@@ -127,11 +127,13 @@ async def embed(proxy: Proxy, given: Any, **more: Any) -> Any:
 
 
 async def gather(proxy: Proxy, *inputs: Any) -> list[asyncio.Task[tuple[int, Any, Any]]]:
-    """Callers with these inputs, all of whom hold a lease and wait."""
+    """Callers with these inputs, all of whom hold a lease and wait, in this order."""
     packer = proxy.state.packer
     assert packer is not None
-    tasks = [asyncio.create_task(post(proxy, each)) for each in inputs]
-    await until(lambda: packer.gathering("demo-embed") == len(inputs))
+    tasks = []
+    for each in inputs:  # one after the other: connections of their own would come in any order
+        tasks.append(asyncio.create_task(post(proxy, each)))
+        await until(lambda: packer.gathering("demo-embed") == len(tasks))
     return tasks
 
 
