@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from math import exp
 
+from scheduler.books import Books
 from scheduler.commands import Command
 from scheduler.ledger import DeviceLedger
 from scheduler.model import Residency, SchedulerSettings, StopCause
@@ -42,26 +43,27 @@ BY_DECISION = (StopCause.OPERATOR, StopCause.CONFIGURATION, StopCause.LEAKED, St
 class Anticipation:
     """What is guessed, and from what."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, books: Books, placement: Placement) -> None:
+        self._books = books
         self._placement = placement
 
     def look(self, settings: SchedulerSettings, now: float) -> list[Command]:
         """Guess, where a device is idle. O(models + sessions looked at), O(engines) if none is."""
-        placement = self._placement
+        books, placement = self._books, self._placement
         if placement.paused:
             return []
         placement.guesses.settle()
-        shared = [ledger for ledger in placement.devices.values() if ledger.spec.kind == HOST]
-        out = placement.break_off([each for each in shared if placement.works(each, now)], "requests need its cores")
-        working = [ledger for ledger in shared if placement.works(ledger, now - QUIET_S)]
-        idle = [each for each in placement.devices.values() if each not in working and placement.is_at_rest(each)]
+        shared = [ledger for ledger in books.devices.values() if ledger.spec.kind == HOST]
+        out = placement.break_off([each for each in shared if books.works(each, now)], "requests need its cores")
+        working = [ledger for ledger in shared if books.works(ledger, now - QUIET_S)]
+        idle = [each for each in books.devices.values() if each not in working and placement.is_at_rest(each)]
         return out + self._guess(idle, settings, now) if idle else out
 
     def _guess(self, idle: list[DeviceLedger], settings: SchedulerSettings, now: float) -> list[Command]:
         placement = self._placement
         expected = placement.sequences.expected(now)
         best: tuple[float, str, ModelState, list[DeviceLedger]] | None = None
-        for model in placement.models.values():
+        for model in self._books.models.values():
             if model.state not in ABSENT or not may_be_guessed(model):
                 continue
             foretold = expected.get(model.spec.name, NEVER_SEEN).probability
@@ -86,7 +88,7 @@ class Anticipation:
 
         fit = [
             group
-            for group in self._placement.groups_for(model)
+            for group in self._books.groups_for(model)
             if all(ledger in idle and left(ledger) >= 0.0 for ledger in group)
         ]
         return max(fit, key=lambda group: min(map(left, group)), default=None)

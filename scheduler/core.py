@@ -9,8 +9,9 @@ It never waits, logs, reads a clock, opens anything or raises for load. How it d
 
 This file says what each event sets off, and when a plan is made. What is known and done is elsewhere: who waits and who
 holds a lease in `scheduler.tickets`, who lets in on credit in `scheduler.lending`, what engines and operators say in
-`scheduler.lifecycle`, what should be resident in `scheduler.placement`, what those who wait are told in
-`scheduler.quotes`, what may be loaded before anybody asks in `scheduler.anticipation`.
+`scheduler.lifecycle`, which engines there are and what they hold in `scheduler.books`, what should be resident in
+`scheduler.placement`, what those who wait are told in `scheduler.quotes`, what may be loaded before anybody asks in
+`scheduler.anticipation`.
 
 Cost: arrive and finish O(1); everything else O(models) at most.
 """
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from math import inf
 
 from scheduler.anticipation import LOOK_S, Anticipation
+from scheduler.books import Books
 from scheduler.commands import Admit, Command, Refuse, WakeAt
 from scheduler.eta import Quote
 from scheduler.events import (
@@ -85,25 +87,17 @@ class Core:
         self.ordering: Ordering = ordering or Regret()
         self.fairness = Fairness()
         self._timers = Timers()
-        self.placement = Placement(
-            devices,
-            models,
-            self.ordering,
-            eviction or Adaptive(),
-            engines_before,
-            self.fairness,
-            timers=self._timers,
-            footprints=footprints,
-        )
-        self.devices = self.placement.devices
-        self.models = self.placement.models
+        self.books = Books(devices, models, self.fairness, self._timers, footprints)
+        self.placement = Placement(self.books, self.ordering, eviction or Adaptive(), engines_before)
+        self.devices = self.books.devices
+        self.models = self.books.models
         settings = settings or SchedulerSettings()
         strict = self.ordering.strict
         self._quotes = Quotes(self.placement)
-        self.tickets = Tickets(self.models, self.placement, self._quotes, self._timers, settings, strict=strict)
-        self.anticipation = Anticipation(self.placement)
-        self._lifecycle = Lifecycle(self.placement, self.tickets, self._timers, settings)
-        self._lending = Lending(self.placement, self.tickets)
+        self.tickets = Tickets(self.books, self._quotes, self._timers, settings, strict=strict)
+        self.anticipation = Anticipation(self.books, self.placement)
+        self._lifecycle = Lifecycle(self.books, self.placement, self.tickets, self._timers, settings)
+        self._lending = Lending(self.books, self.tickets)
         self._configure(settings)
         self._wake_at: float | None = None
         self._again_at = inf
@@ -272,7 +266,7 @@ class Core:
         wanted = {spec.name: spec for spec in specs}
         out: list[Command] = []
         for spec in wanted.values():
-            model = self.placement.specify(spec)
+            model = self.books.specify(spec)
             if model.engine is not None and model.engine.revision == spec.revision:
                 model.engine.capacity.resize(spec.kv_tokens, spec.max_sequences)
         for name in self.models.keys() - wanted.keys():
@@ -282,6 +276,7 @@ class Core:
 
     def _configure(self, settings: SchedulerSettings) -> None:
         self.settings = self.tickets.settings = self._lifecycle.settings = settings
+        self.books.configure(settings)
         self.placement.configure(settings)
 
     # ----------------------------------------------------------------- timers
@@ -430,7 +425,7 @@ class Core:
 
     def check(self) -> None:
         """What always holds; tests call this after every event. O(everything)."""
-        self.placement.check()
+        self.books.check()
         self.tickets.check()
         self._lending.check()
         self.fairness.check(place for model in self.models.values() for place in model.queue.places())

@@ -359,7 +359,7 @@ class Scheduler:
         self._watchers.add(changed)
         try:
             self.dispatch(HandOverAsked())
-            while not self.core.placement.settled:
+            while not self.core.books.settled:
                 changed.clear()
                 await changed.wait()
             await self._keep_learned()
@@ -391,7 +391,7 @@ class Scheduler:
     async def load(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
         """Make a model resident; yields (state, progress 0..1, note) at every change until ready or failed."""
         model = self.core.models.get(name)
-        reason = self.core.placement.never_fits(model.spec) if model is not None and model.engine is None else None
+        reason = self.core.books.never_fits(model.spec) if model is not None and model.engine is None else None
         if reason is not None:
             yield Residency.FAILED, 0.0, reason
             return
@@ -551,7 +551,7 @@ class Scheduler:
 
     async def _wake(self, engine_id: str) -> None:
         begun = self._loop.time()
-        model = self.core.placement.by_engine(engine_id)
+        model = self.core.books.by_engine(engine_id)
         error = await self._told(self._engines.wake(engine_id, self._kind_of(engine_id)))
         if error:
             self.dispatch(ProbeAnswered(engine_id, error=error))
@@ -639,7 +639,7 @@ class Scheduler:
 
     async def _measure_for(self, engine_id: str, *, late_only: bool = False) -> None:
         """A fresh reading of the engine's devices; `late_only`: of those that free memory late."""
-        model = self.core.placement.by_engine(engine_id)
+        model = self.core.books.by_engine(engine_id)
         if model is None or model.engine is None:
             return
         for name in model.engine.devices:
@@ -647,17 +647,17 @@ class Scheduler:
                 await self._measure(self._devices[name])
 
     def _next_reading_s(self) -> float:
-        leaving = any(self.core.placement.leaving(name) for name in self._devices)
+        leaving = any(self.core.books.leaving(name) for name in self._devices)
         return min(self._measure_interval_s, LEAVING_INTERVAL_S) if leaving else self._measure_interval_s
 
     async def _keep_learned(self) -> None:
         """Write down what was learned, and say where the configuration is far from it, each time that it is new."""
-        footprints = self.core.placement.footprints
+        footprints = self.core.books.footprints
         if not footprints.changed:
             return
         footprints.changed = False
         for model in self.core.models.values():
-            said = self.core.placement.misjudged(model)
+            said = self.core.books.misjudged(model)
             if said and said != self._said.get(model.spec.name):
                 self._said[model.spec.name] = said
                 log.warning("models[%s]: %s", model.spec.name, said)

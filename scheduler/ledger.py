@@ -92,6 +92,11 @@ class DeviceLedger:
         """What the engine holds, or None."""
         return self._holdings.get(engine_id)
 
+    def held_by(self, engine_id: str) -> int:
+        """What the ledger counts for this engine; 0 when it is not here."""
+        holding = self._holdings.get(engine_id)
+        return holding.held if holding is not None else 0
+
     def holdings(self) -> Iterator[tuple[str, Holding]]:
         """Every engine on the device and what it holds."""
         return iter(self._holdings.items())
@@ -159,3 +164,8 @@ class SleepMemory:
     def check(self) -> None:
         """What always holds unless the budget was lowered since; for tests."""
         assert self.held == sum(self._shares.values())
+
+
+def readable_size(size: int) -> str:
+    """Bytes for people: two significant figures are enough to act on."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from scheduler.books import Books
 from scheduler.commands import Command, Credit, Revoke
 from scheduler.events import CreditAsked, CreditReported, Served
 from scheduler.model import Residency
-from scheduler.placement import Placement
 from scheduler.state import EngineState, ModelState
 from scheduler.tickets import Tickets, share_load
 
@@ -21,8 +21,8 @@ FREE_KEPT = 2  # a holder's part is so small that all of them together leave hal
 class Lending:
     """Who may have credit, and what is done about it after each event."""
 
-    def __init__(self, placement: Placement, tickets: Tickets) -> None:
-        self._placement = placement
+    def __init__(self, books: Books, tickets: Tickets) -> None:
+        self._books = books
         self._tickets = tickets
         self._holders: dict[int, None] = {}  # in the order in which they came
         self._lent: set[str] = set()  # engines that holders believe in
@@ -34,20 +34,20 @@ class Lending:
     def came(self, holder: int) -> None:
         """A holder is there."""
         self._holders[holder] = None
-        for model in self._placement.engaged():
+        for model in self._books.engaged():
             if model.engine is not None:
                 model.engine.credits.wanted = True
 
     def asked(self, event: CreditAsked) -> list[Command]:
         """A holder wants more: it gets some while nobody waits."""
-        model = self._placement.models.get(event.model)
+        model = self._books.models.get(event.model)
         if model is None or (engine := model.engine) is None or event.holder not in self._holders:
             return []
         return [] if _in_the_way(model, engine) or model.guessed else self._lend(model, engine, [event.holder])
 
     def reported(self, event: CreditReported, now: float) -> ModelState | None:
         """What a holder did with its credit; the model, unless this is late news. O(requests reported)."""
-        model = self._placement.by_engine(event.engine_id)
+        model = self._books.by_engine(event.engine_id)
         if model is None or (engine := model.engine) is None or (more := engine.credits.take_back(event)) is None:
             return None
         if event.begun:
@@ -66,7 +66,7 @@ class Lending:
         """A holder has gone, and all that it had in use with it; the models where it had something. O(engines)."""
         self._holders.pop(holder, None)
         found = []
-        for model in self._placement.engaged():
+        for model in self._books.engaged():
             engine = model.engine
             if engine is not None and (more := engine.credits.forget(holder)) is not None:
                 _in_flight(model, engine, more, now)
@@ -76,10 +76,10 @@ class Lending:
     def settle(self) -> list[Command]:
         """After an event: revoke what keeps somebody waiting, or an engine from going; lend where somebody lacks it.
         O(engines)."""
-        gone = [engine_id for engine_id in self._lent if self._placement.by_engine(engine_id) is None]
+        gone = [engine_id for engine_id in self._lent if self._books.by_engine(engine_id) is None]
         self._lent.difference_update(gone)
         out: list[Command] = [Revoke(engine_id) for engine_id in gone]
-        for model in self._placement.engaged():
+        for model in self._books.engaged():
             engine = model.engine
             if engine is None:
                 continue
@@ -109,7 +109,7 @@ class Lending:
 
     def check(self) -> None:
         """What always holds after an event. O(models)."""
-        for model in self._placement.models.values():
+        for model in self._books.models.values():
             if (engine := model.engine) is not None:
                 engine.credits.check()
                 kept = engine.credits.sequences > 0 and not engine.credits.revoked

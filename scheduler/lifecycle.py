@@ -12,6 +12,7 @@ Unknown engine ids are late news and change nothing. O(devices) each, besides th
 from __future__ import annotations
 
 from scheduler.attest import difference
+from scheduler.books import Books
 from scheduler.commands import Command, Probe, Refuse, Sleep, Stop
 from scheduler.events import EngineFailed, EngineReady, LoadProgress, MemoryMeasured, ProbeAnswered
 from scheduler.fairness import LoadShares
@@ -28,10 +29,13 @@ MAX_CRASHES = 3  # a ready engine that dies this often without serving anybody i
 class Lifecycle:
     """Models and their engines, from the first start to the last stop."""
 
-    def __init__(self, placement: Placement, tickets: Tickets, timers: Timers, settings: SchedulerSettings) -> None:
+    def __init__(
+        self, books: Books, placement: Placement, tickets: Tickets, timers: Timers, settings: SchedulerSettings
+    ) -> None:
         self.settings = settings
+        self._books = books
         self._placement = placement
-        self._models = placement.models
+        self._models = books.models
         self._tickets = tickets
         self._timers = timers
 
@@ -41,10 +45,10 @@ class Lifecycle:
         """An engine has started, woken, or outlived an earlier proxy."""
         if event.adopted:
             return self._adopt(event, now)
-        model = self._placement.by_engine(event.engine_id)
+        model = self._books.by_engine(event.engine_id)
         if model is None or model.engine is None or model.state not in (Residency.LOADING, Residency.WAKING):
             return []
-        self._placement.start_over(model.engine)
+        self._books.start_over(model.engine)
         model.took(event.load_seconds)
         _charge_load(model, event.load_seconds)
         if model.state is Residency.WAKING or self._placement.may_sleep(model):
@@ -53,7 +57,7 @@ class Lifecycle:
 
     def probed(self, event: ProbeAnswered, now: float) -> list[Command]:
         """What it says after a load is kept; after a wake it must say the same."""
-        model = self._placement.by_engine(event.engine_id)
+        model = self._books.by_engine(event.engine_id)
         if model is None or model.engine is None:
             return []
         if model.state is Residency.LOADING:
@@ -70,17 +74,17 @@ class Lifecycle:
 
     def progress(self, event: LoadProgress) -> None:
         """How far a load is."""
-        model = self._placement.by_engine(event.engine_id)
+        model = self._books.by_engine(event.engine_id)
         if model is not None and model.state is Residency.LOADING:
             model.progress, model.note = max(model.progress, event.fraction), event.note
 
     def _adopt(self, event: EngineReady, now: float) -> list[Command]:
         model = self._models.get(event.model)
-        known = all(name in self._placement.devices for name in (event.device, *event.partners))
+        known = all(name in self._books.devices for name in (event.device, *event.partners))
         if model is None or not known or model.engine is not None:
             why = "an engine from before that the configuration no longer has a place for"
             return [Stop(event.engine_id, StopCause.CONFIGURATION, why)]
-        self._placement.adopt(model, event.engine_id, event.device, event.revision, event.partners)
+        self._books.adopt(model, event.engine_id, event.device, event.revision, event.partners)
         assert model.engine is not None
         model.engine.says = event.says
         for ticket in event.in_flight:
@@ -93,7 +97,7 @@ class Lifecycle:
         assert engine is not None
         engine.was_ready = True
         self._placement.asleep(model)
-        if model.spec.sleep_keeps_bytes is None or not self._placement.sleep_memory.take(
+        if model.spec.sleep_keeps_bytes is None or not self._books.sleep_memory.take(
             engine.id, model.spec.sleep_host_bytes
         ):
             return self._placement.stop(model, StopCause.CONFIGURATION, "there is no host memory for it to sleep in")
@@ -105,7 +109,7 @@ class Lifecycle:
         model.move(Residency.READY)
         model.progress, model.note, model.last_error = 1.0, "", ""
         model.ran_out, model.engine.was_ready = False, True
-        self._placement.learn(model)
+        self._books.learn(model)
         model.wanted_order = None
         model.last_used_s = model.last_asked_s = now
         out = self._tickets.admit_waiting(model, now)
@@ -117,19 +121,19 @@ class Lifecycle:
 
     def asleep(self, engine_id: str, error: str, now: float) -> list[Command]:
         """It says that it sleeps, or why it cannot."""
-        model = self._placement.by_engine(engine_id)
+        model = self._books.by_engine(engine_id)
         if model is None or model.engine is None or model.state is not Residency.SUSPENDING:
             return []
         if error:
             self._keep_awake(model, now)
             return self._placement.stop(model, StopCause.EVICTED, f"it could not be put to sleep: {error}")
-        if self._placement.departures.answered(model.engine, now):
+        if self._books.departures.answered(model.engine, now):
             self._placement.asleep(model)
         return []
 
     def failed(self, event: EngineFailed, now: float) -> list[Command]:
         """Its process has ended unasked, or its start went wrong."""
-        model = self._placement.by_engine(event.engine_id)
+        model = self._books.by_engine(event.engine_id)
         if model is None or model.engine is None:
             return []
         if model.state is Residency.STOPPING:
@@ -139,22 +143,22 @@ class Lifecycle:
         once_more = guessed or (loading and event.out_of_memory and not model.ran_out)
         if loading and event.out_of_memory:
             model.ran_out = not guessed
-            self._placement.ran_out(model)
+            self._books.ran_out(model)
         model.failures += not once_more
         model.last_error = event.reason
         if (loading and not once_more) or model.failures >= MAX_CRASHES:
             model.engine.end = Residency.FAILED
-        if not self._placement.frees_late(model.engine):
+        if not self._books.frees_late(model.engine):
             return self._departed(model, now)
         self._placement.stop(model, StopCause.LEAKED, "it has gone, its memory not yet")
         return self.gone(event.engine_id, now)
 
     def gone(self, engine_id: str, now: float) -> list[Command]:
         """No process is left; on some devices that is not yet the end."""
-        model = self._placement.by_engine(engine_id)
+        model = self._books.by_engine(engine_id)
         if model is None or model.engine is None:
             return []
-        if model.state is Residency.STOPPING and not self._placement.departures.answered(model.engine, now):
+        if model.state is Residency.STOPPING and not self._books.departures.answered(model.engine, now):
             return []
         return self._departed(model, now)
 
@@ -162,7 +166,7 @@ class Lifecycle:
         """The engine is gone and its memory is back, or is not waited for any longer."""
         engine = model.engine
         assert engine is not None
-        self._placement.detach(model)
+        self._books.detach(model)
         if model.removed:
             del self._models[model.spec.name]
             return []
@@ -196,13 +200,13 @@ class Lifecycle:
 
     def measured(self, event: MemoryMeasured, now: float) -> list[Command]:
         """A device's reading: it moves the book, and may complete a stop or a sleep."""
-        ledger = self._placement.devices.get(event.device)
+        ledger = self._books.devices.get(event.device)
         if ledger is None:
             return []
         ledger.measured(event.used_bytes, event.foreign_bytes, event.overhead_bytes, event.engines)
         out: list[Command] = []
-        for model in self._placement.leaving(event.device):
-            if model.engine is not None and self._placement.departures.complete(model.engine):
+        for model in self._books.leaving(event.device):
+            if model.engine is not None and self._books.departures.complete(model.engine):
                 out += self._gave_back(model, now)
         return out
 
@@ -214,8 +218,8 @@ class Lifecycle:
 
     def fall_over(self, engine_id: str, now: float) -> list[Command]:
         """An engine said some time ago that it sleeps or has gone: has its memory come back?"""
-        model = self._placement.by_engine(engine_id)
-        departures = self._placement.departures
+        model = self._books.by_engine(engine_id)
+        departures = self._books.departures
         if model is None or (engine := model.engine) is None or not departures.due(engine):
             return []
         if departures.complete(engine):
@@ -259,7 +263,7 @@ class Lifecycle:
         ttl = model.spec.ttl_s
         if ttl is None or not model.idle:
             return []
-        if self._placement.paused or self._placement.start_beside(model):
+        if self._placement.paused or self._books.start_beside(model):
             model.ttl_armed = True
             self._timers.push(now + TTL_AGAIN_S, "ttl", model.spec.name)
             return []

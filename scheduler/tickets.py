@@ -8,13 +8,13 @@ Cost: a ticket admitted at once and its end are O(1), one that waits is O(log n)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
 
 from scheduler.admission import Waiting
+from scheduler.books import Books
 from scheduler.commands import Admit, Command, Refuse
 from scheduler.model import LatencyClass, RefusalCode, Residency, SchedulerSettings, Ticket
-from scheduler.placement import Placement
 from scheduler.quotes import Quotes, why_waiting
 from scheduler.state import EngineState, ModelState
 from scheduler.timers import Timer, Timers
@@ -42,8 +42,7 @@ class Tickets:
 
     def __init__(
         self,
-        models: Mapping[str, ModelState],
-        placement: Placement,
+        books: Books,
         quotes: Quotes,
         timers: Timers,
         settings: SchedulerSettings,
@@ -54,8 +53,8 @@ class Tickets:
         self.admitted: dict[int, Admitted] = {}
         self.settings = settings
         self.strict = strict
-        self._models = models
-        self._placement = placement
+        self._models = books.models
+        self._books = books
         self._quotes = quotes
         self._timers = timers
         self._order = 0
@@ -193,7 +192,7 @@ class Tickets:
         """Why a ticket that cannot be admitted now may not wait either."""
         if model.state is Residency.FAILED:
             return load_failed(ticket, model, now)
-        if model.engine is None and (reason := self._placement.never_fits(model.spec)) is not None:
+        if model.engine is None and (reason := self._books.never_fits(model.spec)) is not None:
             return Refuse(ticket.id, RefusalCode.NEVER_FITS, reason)
         if ticket.deadline_s is not None and ticket.deadline_s <= now:
             return Refuse(ticket.id, RefusalCode.DEADLINE, "its deadline has passed already")

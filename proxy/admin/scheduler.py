@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from scheduler.books import Books
 from scheduler.driver import Decision, Scheduler
 from scheduler.ledger import DeviceLedger
 from scheduler.model import LatencyClass
-from scheduler.placement import Placement
 from scheduler.state import ModelState
 
 
@@ -21,12 +21,10 @@ def scheduler_view(scheduler: Scheduler, now: float) -> dict[str, Any]:
     """The whole of the answer."""
     core = scheduler.core
     return {
-        "devices": [
-            {**device(ledger), "engines": _engines(ledger, core.placement)} for ledger in core.devices.values()
-        ],
+        "devices": [{**device(ledger), "engines": _engines(ledger, core.books)} for ledger in core.devices.values()],
         "sleep_memory": {
-            "budget_bytes": core.placement.sleep_memory.budget,
-            "held_bytes": core.placement.sleep_memory.held,
+            "budget_bytes": core.books.sleep_memory.budget,
+            "held_bytes": core.books.sleep_memory.held,
         },
         "anticipation": {
             "guesses_right": core.placement.guesses.right,
@@ -34,7 +32,7 @@ def scheduler_view(scheduler: Scheduler, now: float) -> dict[str, Any]:
             "guesses_open": len(core.placement.guesses),
             "swaps_held": core.placement.holding.held,
         },
-        "models": [_model(model, core.placement, now) for model in core.models.values()],
+        "models": [_model(model, core.books, now) for model in core.models.values()],
         "queues": queues(scheduler),
         "decisions": decisions(scheduler.decisions),
     }
@@ -71,10 +69,10 @@ def device(ledger: DeviceLedger) -> dict[str, Any]:
     }
 
 
-def _engines(ledger: DeviceLedger, placement: Placement) -> list[dict[str, Any]]:
+def _engines(ledger: DeviceLedger, books: Books) -> list[dict[str, Any]]:
     engines = []
     for engine_id, holding in ledger.holdings():
-        model = placement.by_engine(engine_id)
+        model = books.by_engine(engine_id)
         engines.append(
             {
                 "engine": engine_id,
@@ -97,7 +95,7 @@ def _credit(model: ModelState) -> list[dict[str, int]]:
     ]
 
 
-def _model(model: ModelState, placement: Placement, now: float) -> dict[str, Any]:
+def _model(model: ModelState, books: Books, now: float) -> dict[str, Any]:
     engine, spec = model.engine, model.spec
     return {
         "id": spec.name,
@@ -108,7 +106,7 @@ def _model(model: ModelState, placement: Placement, now: float) -> dict[str, Any
         "predicted_bytes": spec.memory_bytes,
         "stated": spec.stated,
         "booked_bytes": model.booked_bytes,
-        "misjudged": placement.misjudged(model) or None,
+        "misjudged": books.misjudged(model) or None,
         "in_flight": model.in_flight,
         "credit": _credit(model),
         "waiting": len(model.queue),

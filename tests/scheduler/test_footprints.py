@@ -99,11 +99,11 @@ def test_a_stated_size_is_a_promise_that_only_grows_and_a_large_difference_is_sa
     w = world(memory=2000, a=spec("a", 500, stated=True), b=spec("b", 500, stated=True))
     lived(w, "a", 300)
     assert w.core.models["a"].booked_bytes == 500 * MiB
-    assert "memory_bytes is 500 MiB" in w.core.placement.misjudged(w.core.models["a"])
-    assert "more is kept" in w.core.placement.misjudged(w.core.models["a"])
+    assert "memory_bytes is 500 MiB" in w.core.books.misjudged(w.core.models["a"])
+    assert "more is kept" in w.core.books.misjudged(w.core.models["a"])
     lived(w, "b", 520)
     assert w.core.models["b"].booked_bytes == 546 * MiB
-    assert w.core.placement.misjudged(w.core.models["b"]) == ""
+    assert w.core.books.misjudged(w.core.models["b"]) == ""
 
 
 def test_a_start_that_failed_half_way_teaches_nothing(world: MakeWorld) -> None:

@@ -44,11 +44,11 @@ def test_what_is_under_way_ends_and_nothing_more_is_begun(world: MakeWorld) -> N
     w = world(a=700, b=700, c=700)
     first, (load,) = w.arrive("a")
     assert w.step(HandOverAsked()) == []
-    assert not w.core.placement.settled
+    assert not w.core.books.settled
     waits, commands = w.arrive("b")
     assert commands == []
     assert kinds(w.ready(load)) == [f"admit {first}"]
-    assert w.core.placement.settled
+    assert w.core.books.settled
     assert kinds(w.arrive("a")[1]) == ["admit 3"]
     assert kinds(w.step(HandOverOff())) == ["load b"]
     w.cancel(waits)
@@ -73,7 +73,7 @@ def test_neither_time_nor_an_operator_stops_an_engine_then(world: MakeWorld) -> 
     w.step(HandOverAsked())
     assert w.tick(60.0) == []
     assert w.step(UnloadAsked("b")) == []
-    assert w.core.placement.settled
+    assert w.core.books.settled
     assert kinds(w.step(HandOverOff())) == ["stop b"]
     assert kinds(w.tick(61.5)) == ["stop a"]
 

@@ -73,7 +73,7 @@ class Machine:
         for model in self.core.models.values():
             if model.state is Residency.READY and model.engine is not None and model.engine.id in self.corrupted:
                 self.slipped.append(model.engine.id)
-        assert self.core.placement.sleep_memory.held <= SETTINGS.sleep_memory_bytes
+        assert self.core.books.sleep_memory.held <= SETTINGS.sleep_memory_bytes
 
     def obey(self, command: Command, before: dict[str, int]) -> None:
         match command:
@@ -93,7 +93,7 @@ class Machine:
                     assert self.core.devices[name].held + self.known[name] + 50 <= SIZE
                 self.answers.append(EngineReady(engine_id, load.model, load.device, 0.1))
             case Probe(engine_id):
-                model = self.core.placement.by_engine(engine_id)
+                model = self.core.books.by_engine(engine_id)
                 if model is not None and model.state is Residency.WAKING and self.rng.random() < 0.5:
                     self.corrupted.add(engine_id)
                 token = self.rng.choice(" xyz") if engine_id in self.corrupted else " Rome"
@@ -116,7 +116,7 @@ class Machine:
         if isinstance(event, EngineReady):
             load = self.loads[engine_id]
             size = int(self.specs[event.model].memory_bytes * self.rng.uniform(0.7, 1.0))
-            if self.core.placement.by_engine(engine_id) is not None:
+            if self.core.books.by_engine(engine_id) is not None:
                 self.held[engine_id] = dict.fromkeys((load.device, *load.partners), size)
         elif isinstance(event, Asleep) and not event.error and engine_id in self.held:
             if self.rng.random() < 0.7:  # else it leaks: it says that it sleeps, and holds what it held

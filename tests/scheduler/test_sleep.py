@@ -264,10 +264,10 @@ def test_without_room_in_host_memory_the_victim_is_stopped_and_the_oldest_sleepe
     card.finish(admit.ticket_id)  # type: ignore[union-attr]
     assert kinds(card.arrive("a")[1]) == ["stop b"]  # the one sleeper is the one that is wanted
     assert kinds(card.end(load.engine_id)) == ["wake a"]
-    assert card.core.placement.sleep_memory.held == 500 * MiB
+    assert card.core.books.sleep_memory.held == 500 * MiB
     card.step(UnloadAsked("a"))
     card.end(a)
-    assert card.core.placement.sleep_memory.held == 0
+    assert card.core.books.sleep_memory.held == 0
 
 
 def test_a_sleeper_that_dies_is_cold_and_loads_again(card: Card) -> None:
@@ -276,7 +276,7 @@ def test_a_sleeper_that_dies_is_cold_and_loads_again(card: Card) -> None:
     card.step(EngineFailed(a, "killed by SIGKILL"))
     card.read()
     assert card.state("a") is Residency.COLD
-    assert card.core.placement.sleep_memory.held == 0
+    assert card.core.books.sleep_memory.held == 0
     assert isinstance(load, Load)
 
 
