@@ -179,8 +179,6 @@ class Placement:
                 free += ledger.held_by(engine.id) - (model.spec.sleep_keeps_bytes or 0)
             elif not model.spec.pinned:
                 residents.append((model, ledger.held_by(engine.id)))
-        since = now if self._watched_since is None else self._watched_since
-        watched_s = max(LEAST_WATCHED_S, now - since)
         return Scene(
             now,
             ledger,
@@ -189,7 +187,7 @@ class Placement:
             free=free,
             link_free_s=link_free_s,
             planned=planned,
-            watched_s=watched_s,
+            watched_s=self.watched_s(now),
             patience_s=self.patience_s,
             eviction=self.eviction,
         )
