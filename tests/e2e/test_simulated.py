@@ -23,7 +23,7 @@ import pytest
 from tests.e2e.harness import REPO, Served
 
 # the limit is for a busy machine: starting a keeper, a proxy and an engine takes a second or two on an idle one
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
 CONFIG = """
 [devices]

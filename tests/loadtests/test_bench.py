@@ -173,6 +173,7 @@ def test_the_lock_is_held_while_measuring_and_given_back(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_a_short_run_measures_both_and_writes_the_figures_down(tmp_path: Path) -> None:
     short = "import sys; from loadtests import bench; bench.WINDOWS, bench.WINDOW_S, bench.STREAM_WARM_S = 1, 0.3, 0.1;"

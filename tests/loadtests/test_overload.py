@@ -23,6 +23,7 @@ def test_goodput_is_a_share_of_what_the_slots_can_do() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_what_cannot_be_done_is_refused_and_nothing_is_lost() -> None:
     short = "from loadtests import overload; overload.WARM_S = 1.0; overload.main()"

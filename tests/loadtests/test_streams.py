@@ -71,6 +71,7 @@ def test_the_report_counts_memory_by_the_stream() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_a_short_run_loses_and_reorders_nothing() -> None:
     options = ["--streams", "50", "--seconds", "1", "--every", "0.2", "--workers", "1", "--json"]
