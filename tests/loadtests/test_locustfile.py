@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.harness import REPO, Served, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
 
 def locust(url: str, *options: str) -> subprocess.CompletedProcess[str]:
