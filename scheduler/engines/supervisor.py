@@ -194,7 +194,9 @@ class Supervisor:
     def pids(self, engine_id: str) -> list[int]:
         """Every process of the engine's session; not older than a second. About 1 µs for each of the machine's."""
         engine = self._engines.get(engine_id)
-        return self._pids_of(engine.handle.pid) if engine is not None else []
+        if engine is None or not engine.handle.pid:  # not spawned yet; session 0 is init's and the kernel's
+            return []
+        return self._pids_of(engine.handle.pid)
 
     def launcher_pids(self) -> list[int]:
         """The processes of all warm launchers, without what they forked."""

@@ -125,6 +125,14 @@ class Served:
         self._seen.update(found)
         return found
 
+    def kill(self, *pids: int, number: int = signal.SIGKILL) -> None:
+        """A signal to processes of ours, and never to another: a pid that is wrong must not end the test run."""
+        ours = {process.pid for process in self.family()}
+        assert pids, "there is nothing to kill"
+        assert ours.issuperset(pids), f"not all ours: {pids}"
+        for pid in pids:
+            os.kill(pid, number)
+
     def survivors(self) -> list[str]:
         """Processes that were ever ours and still run."""
         return [

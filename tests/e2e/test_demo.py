@@ -291,7 +291,7 @@ def test_killing_an_engine_in_mid_stream_ends_that_stream_with_an_error_and_noth
     )
     next(iter(stream))
     pids = demo.model("demo-story")["pids"]
-    os.kill(pids[0], signal.SIGKILL)
+    demo.kill(pids[0])
     with pytest.raises(openai.APIError):
         for _ in stream:
             pass
@@ -309,7 +309,7 @@ def test_killing_the_proxy_loses_no_engine_and_no_client_that_connects_meanwhile
     demo.ask("/v1/chat/completions", ask)
     before = {model["id"]: model["pids"] for model in demo.status()["models"] if model["state"] == "ready"}
     proxy = demo.proxy_pid()
-    os.kill(proxy, signal.SIGKILL)
+    demo.kill(proxy)
     with socket.create_connection(("127.0.0.1", demo.port), timeout=20) as meanwhile:
         body = json.dumps(ask).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

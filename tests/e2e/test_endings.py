@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -208,8 +207,7 @@ def test_a_client_that_leaves_costs_one_line_and_no_lease(served: Served, point:
 @pytest.mark.parametrize("point", POINTS)
 def test_an_engine_that_dies_costs_one_line_and_no_lease(served: Served, point: str) -> None:
     request, others = reach(served, point)
-    for pid in pids(served, point):
-        os.kill(pid, signal.SIGKILL)
+    served.kill(*pids(served, point))
     status, said = request.answer() if point != "mid-stream" else (200, request.first_bytes())
     line = assert_over(served, request, others)
     if point == "mid-stream":

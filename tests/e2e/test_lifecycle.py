@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from pathlib import Path
@@ -52,7 +51,7 @@ def test_a_proxy_that_hangs_says_where_and_another_serves_with_its_engines(confi
     with Served(config, config.parent) as served:
         chat(served)
         engine, proxy = served.model("a")["pids"], served.proxy_pid()
-        os.kill(proxy, signal.SIGSTOP)
+        served.kill(proxy, number=signal.SIGSTOP)
         assert chat(served) == "a"  # after waiting in the listen queue
         assert served.proxy_pid() != proxy
         assert served.model("a")["pids"] == engine

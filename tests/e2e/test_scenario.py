@@ -8,8 +8,6 @@ moves the floor, and no machine has to be filled to see that.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -144,8 +142,7 @@ def kill_an_engine(server: Served) -> int:
         return bool(found)
 
     server.wait(serving, "no engine serves anybody", 60)
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
+    server.kill(*found)
     return found[0]
 
 

@@ -216,17 +216,17 @@ def test_a_reload_changes_what_it_should_and_a_bad_file_changes_nothing(served: 
         return [model["id"] for model in json.loads(served.get("/v1/models"))["data"]]
 
     path.write_text(CONFIG.replace('id = "hangs"', 'id = "renamed"'))
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
     served.wait(lambda: "renamed" in listed(), "the reload did not happen")
     assert "hangs" not in listed()
     assert served.model("a")["pids"] == engine, "an engine whose configuration did not change goes on"
     path.write_text(CONFIG.replace("memory_bytes", "memroy_bytes"))
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
     served.wait(lambda: "memroy_bytes" in served.tail(), "the bad file was not complained about")
     assert "renamed" in listed()
     assert chat(served, "a")["model"] == "a"
     path.write_text(CONFIG)
-    os.kill(served.process.pid, signal.SIGHUP)  # as systemctl reload does: to the keeper
+    served.process.send_signal(signal.SIGHUP)  # as systemctl reload does: to the keeper
     served.wait(lambda: "hangs" in listed(), "the keeper did not pass the signal on")
 
 
@@ -255,7 +255,7 @@ def test_a_changed_file_is_read_by_itself_and_a_bad_one_is_complained_about_once
 def test_a_killed_proxy_comes_back_with_its_engines(served: Served) -> None:
     chat(served, "a")
     engine, proxy = served.model("a")["pids"], served.proxy_pid()
-    os.kill(proxy, signal.SIGKILL)
+    served.kill(proxy)
     body = json.dumps({"model": "a", "messages": QUESTION})
     with closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)) as client:  # in the listen queue
         client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -270,7 +270,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once(served: Served) -> None
     path = served.log.parent / "vramp.toml"
     path.write_text(CONFIG.replace('id = "a"', 'id = "a"\npinned = true'))
     chat(served, "a")
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
     served.wait(lambda: served.model("a")["pinned"], "the reload did not happen")
     begun = time.monotonic()
     status, error = refusal(served, "huge")
@@ -279,7 +279,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once(served: Served) -> None
     assert "900 MiB of it pinned" in error["message"]
     assert time.monotonic() - begun < 5
     path.write_text(CONFIG)
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
     served.wait(lambda: not served.model("a")["pinned"], "the reload did not happen")
 
 

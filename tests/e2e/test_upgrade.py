@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -99,7 +98,7 @@ class Client(threading.Thread):
 def upgrade(served: Served) -> int:
     """Another proxy serves when this returns; its pid."""
     before = served.proxy_pid()
-    os.kill(served.process.pid, signal.SIGUSR2)
+    served.process.send_signal(signal.SIGUSR2)
     served.wait(lambda: served.proxy_pid() != before, "there was no upgrade")
     return served.proxy_pid()
 
@@ -142,7 +141,7 @@ def test_a_stream_in_flight_goes_on_and_its_engine_is_busy_for_the_next_version(
     served.wait(lambda: served.model("a")["in_flight"] == 1, "the stream did not begin")
     upgrade(served)
     assert served.model("a")["in_flight"] == 1
-    os.kill(served.process.pid, signal.SIGUSR2)
+    served.process.send_signal(signal.SIGUSR2)
     served.wait(lambda: "has requests in flight yet" in served.tail(), "the second upgrade was not refused")
     client.enough.set()
     served.wait(lambda: served.model("a")["in_flight"] == 0, "its end was not told")
@@ -173,7 +172,7 @@ def test_a_version_that_cannot_start_leaves_the_old_one_serving(served: Served) 
     client = Client(served, "a", stream=False, pause_s=0.0)
     pid, path = served.proxy_pid(), served.log.parent / "vramp.toml"
     path.write_text(CONFIG.replace("memory_bytes", "memroy_bytes"))
-    os.kill(served.process.pid, signal.SIGUSR2)
+    served.process.send_signal(signal.SIGUSR2)
     served.wait(lambda: "no upgrade: the new proxy ended with status 2" in served.tail(20_000), "it was not said")
     assert served.proxy_pid() == pid
     path.write_text(CONFIG)
@@ -206,7 +205,7 @@ def test_a_successor_that_is_killed_after_the_hand_over_is_replaced_and_the_stre
     engine = served.model("a")["pids"]
     client.enough.set()
     killed = upgrade(served)
-    os.kill(killed, signal.SIGKILL)
+    served.kill(killed)
     served.wait(lambda: served.proxy_pid() != killed, "it was not replaced")
     assert (served.model("a")["in_flight"], served.model("a")["pids"]) == (1, engine)
     served.wait(lambda: served.model("a")["in_flight"] == 0, "its end was not told")

@@ -132,7 +132,7 @@ def workers(served: Served) -> list[dict[str, Any]]:
 
 def kill(served: Served, worker: dict[str, Any], number: int = signal.SIGKILL) -> None:
     """Returns when another serves in its place."""
-    os.kill(worker["pid"], number)
+    served.kill(worker["pid"], number=number)
     served.wait(lambda: worker["pid"] not in [each["pid"] for each in workers(served)], "it lives on", 25)
     served.wait(lambda: sum(each["serving"] for each in workers(served)) == 2, "nobody took its place", 20)
 
@@ -197,7 +197,7 @@ def test_a_killed_worker_loses_its_own_requests_only_and_all_that_it_held_comes_
         assert each.first.wait(20)
     served.wait(lambda: sum(worker["in_flight"] for worker in workers(served)) == 12, "not all are counted", 10)
     dies, lives = workers(served)
-    os.kill(dies["pid"], signal.SIGKILL)
+    served.kill(dies["pid"])
     assert chat(served)["model"] == "a", "the next request is served at once"
     whole = [each.whole() for each in streams]
     assert whole.count(True) == lives["in_flight"]
@@ -217,7 +217,7 @@ def test_what_a_dead_worker_had_in_use_of_a_limit_is_free_again(served: Served) 
     assert stream.first.wait(20)
     assert refusal(served, "one") == 429
     for worker in workers(served):
-        os.kill(worker["pid"], signal.SIGKILL)
+        served.kill(worker["pid"])
     assert not stream.whole()
     served.wait(lambda: refusal(served, "one") == 200, "the call still counts", 20)
 
@@ -233,7 +233,7 @@ def test_a_worker_that_hangs_is_replaced_and_what_it_held_is_free(served: Served
 def test_a_reload_reaches_every_worker(served: Served) -> None:
     path = served.log.parent / "vramp.toml"
     path.write_text(CONFIG.replace('id = "b"', 'id = "renamed"'))
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
 
     def listed() -> list[str]:
         return [model["id"] for model in json.loads(served.get("/v1/models", headers=key("many")))["data"]]
@@ -244,7 +244,7 @@ def test_a_reload_reaches_every_worker(served: Served) -> None:
     kill(served, workers(served)[0])
     assert all("renamed" in listed() for _ in range(8))
     path.write_text(CONFIG)
-    os.kill(served.proxy_pid(), signal.SIGHUP)
+    served.kill(served.proxy_pid(), number=signal.SIGHUP)
     served.wait(lambda: all("b" in listed() for _ in range(8)), "a worker has the old configuration", 10)
 
 
@@ -252,7 +252,7 @@ def test_a_killed_proxy_takes_its_workers_along_and_all_come_back(served: Served
     chat(served)
     engine, proxy = served.model("a")["pids"], served.proxy_pid()
     old = [psutil.Process(each["pid"]) for each in workers(served)]
-    os.kill(proxy, signal.SIGKILL)
+    served.kill(proxy)
     psutil.wait_procs(old, timeout=10)
     assert not [process for process in old if process.is_running()]
     served.wait(served.ready, "the proxy did not come back")
@@ -294,7 +294,7 @@ def test_what_workers_granted_from_credit_replays(tmp_path: Path) -> None:
     with Served(tmp_path / "vramp.toml", tmp_path, "--record", str(record)) as served:
         for model in "aaaabbbbaaccca":
             chat(served, model)
-        os.kill(workers(served)[0]["pid"], signal.SIGKILL)
+        served.kill(workers(served)[0]["pid"])
         chat(served)
         assert served.stop() == 0
     assert b"CreditReported" in record.read_bytes()

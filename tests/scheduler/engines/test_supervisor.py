@@ -153,6 +153,15 @@ async def test_an_engine_starts_serves_and_is_gone_after_its_stop(world: World) 
     await world.start()
 
 
+async def test_an_engine_that_is_not_spawned_yet_has_no_processes(world: World) -> None:
+    """A pid of 0 would name session 0, which is init's: its memory was counted, and a test once killed it."""
+    starting = asyncio.create_task(world.start())
+    await asyncio.sleep(0)
+    assert world.supervisor.pids("m-1") == []
+    handle = await starting
+    assert world.supervisor.pids("m-1") == [handle.pid]
+
+
 async def test_what_an_engine_leaves_in_its_temporary_folder_goes_with_it(world: World) -> None:
     leaves = SERVE.replace("print(", "open(os.environ['TMPDIR'] + '/socket', 'x'); print(")
     handle = await world.start(ScriptKind(leaves))
