@@ -7,16 +7,14 @@ lease's URL carries no key. Nothing of the client's headers passes but an allow-
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from types import TracebackType
 
-import aiohttp
 from yarl import URL
 
 from proxy.config import LOCAL_KINDS, BackendConfig, Secret
-from proxy.providers.base import Broken, Straight, Unreachable
+from proxy.providers.base import Broken, Straight
+from proxy.providers.connections import Connections, Destination, HttpUpstream, lines_of
 from proxy.providers.slots import Slots
 
 # uvicorn, which serves vLLM, closes an idle connection after 5 s: leave before it does, or race with its FIN.
@@ -26,43 +24,11 @@ WAITERS_PER_CONNECTION = 4
 # A connection that the server closed while idle breaks at once when it is used. Later breaks were of live requests,
 # which may have been executed and charged for: they are not sent twice.
 STALE_S = 1.0
-
-
-class HttpUpstream:
-    """`Upstream` over one aiohttp response."""
-
-    __slots__ = ("_response",)
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return self._response.status
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The headers, names in any case."""
-        return self._response.headers
-
-    def arrived(self) -> bytes | None:
-        """See `Upstream`."""
-        content = self._response.content
-        return content.read_nowait() if content.is_eof() and content.exception() is None else None
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes; reading pauses when the consumer does."""
-        content = self._response.content
-        try:
-            while chunk := await content.readany():
-                yield chunk
-        except (aiohttp.ClientError, OSError) as error:
-            raise Broken(_why(error)) from error
+MOST_DESTINATIONS = 1024
 
 
 class OpenAIProvider:
-    """One backend: its session, its pool, its key. Make it on the running loop, close it after its last request."""
+    """One backend: its connections, slots and key. Make it on the running loop, close it after its last request."""
 
     def __init__(self, backend: BackendConfig, key: Secret | None, *, connect_s: float) -> None:
         remote = backend.kind not in LOCAL_KINDS
@@ -75,59 +41,46 @@ class OpenAIProvider:
         most = backend.max_connections
         self.slots = Slots(backend.name, most, most * WAITERS_PER_CONNECTION) if remote else None
         self.keepalive_s = backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=self.keepalive_s),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            skip_auto_headers=("accept",),
-        )
+        self._connections = Connections(backend.name, connect_s=connect_s, keepalive_s=self.keepalive_s)
+        self._destinations: dict[tuple[str, str | None], Destination] = {}
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None) -> Sending:
         """See `Provider.send`."""
-        return Sending(self, self._url(path, base_url), body, self._headers_for(headers, base_url))
+        return Sending(self, self._destination(path, base_url), body, lines_of(headers) if headers else b"")
 
     def straight(self, path: str, base_url: str | None = None) -> Straight | None:
-        """How to POST there without this session; None where that takes TLS."""
-        url = self._url(path, base_url)
-        if url.scheme != "http" or url.host is None or url.port is None:
+        """How to POST there without these connections; None where that takes TLS."""
+        to = self._destination(path, base_url)
+        if to.url.scheme != "http" or to.url.host is None or to.url.port is None:
             return None
-        lines = "".join(f"{name}: {value}\r\n" for name, value in self._headers_for({}, base_url).items())
-        host = url.host_port_subcomponent or url.host
-        head = f"POST {url.raw_path_qs} HTTP/1.1\r\nhost: {host}\r\n{lines}"
-        return Straight(url.host, url.port, head.encode("latin-1"), self.keepalive_s)
+        return Straight(to.url.host, to.url.port, to.head, self.keepalive_s)
 
     async def close(self) -> None:
         """Close all connections; what is in flight breaks."""
-        await self._session.close()
+        await self._connections.close()
 
-    def _url(self, path: str, base_url: str | None) -> URL:
-        return _joined((base_url or self._base_url or "").rstrip("/"), path)
+    def _destination(self, path: str, base_url: str | None) -> Destination:
+        """Parsing a URL takes as long as authenticating does, and there are few of them."""
+        known = self._destinations.get((path, base_url))
+        if known is None:
+            if len(self._destinations) >= MOST_DESTINATIONS:
+                self._destinations.clear()  # engines come and go, and each has its own address
+            headers = dict(self._headers)
+            if self._key is not None and base_url is None:
+                headers["authorization"] = f"Bearer {self._key.reveal()}"
+            url = _joined((base_url or self._base_url or "").rstrip("/"), path)
+            known = self._destinations[path, base_url] = Destination.of(url, headers, self._loop)
+        return known
 
-    def _headers_for(self, headers: Mapping[str, str], base_url: str | None) -> dict[str, str]:
-        own = {**headers, **self._headers}
-        if self._key is not None and base_url is None:
-            own["authorization"] = f"Bearer {self._key.reveal()}"
-        return own
-
-    async def post(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def post(self, to: Destination, body: bytes, lines: bytes) -> HttpUpstream:
         """The answer's headers, from one connection or, where that one had gone stale, from another."""
         sent_s = self._loop.time()
         try:
-            return await self._post_once(url, body, headers)
+            return await self._connections.post(to, lines, body)
         except Broken:
             if self._loop.time() - sent_s >= STALE_S:
                 raise
-        return await self._post_once(url, body, headers)
-
-    async def _post_once(self, url: URL, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        try:
-            return await self._session.post(url, data=body, headers=headers, allow_redirects=False)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ssl.SSLError) as error:
-            raise Unreachable(f"backend {self._name}: {_why(error)}") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise Broken(f"backend {self._name}: {_why(error)}") from error
+        return await self._connections.post(to, lines, body)
 
 
 class Sending:
@@ -136,34 +89,29 @@ class Sending:
     A class, since the generator that `asynccontextmanager` wants costs as much again as all that is done here.
     """
 
-    __slots__ = ("_body", "_headers", "_provider", "_response", "_url")
+    __slots__ = ("_body", "_lines", "_provider", "_to", "_upstream")
 
-    def __init__(self, provider: OpenAIProvider, url: URL, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, provider: OpenAIProvider, to: Destination, body: bytes, lines: bytes) -> None:
         self._provider = provider
-        self._url = url
+        self._to = to
         self._body = body
-        self._headers = headers
+        self._lines = lines
 
     async def __aenter__(self) -> HttpUpstream:
         slots = self._provider.slots
         if slots is not None and not slots.take_now():
             await slots.take(SLOT_WAIT_S)
         try:
-            self._response = await self._provider.post(self._url, self._body, self._headers)
+            self._upstream = await self._provider.post(self._to, self._body, self._lines)
         except BaseException:
             self._give()
             raise
-        return HttpUpstream(self._response)
+        return self._upstream
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        response = self._response
-        # Closes the connection unless the body was read to its end: that is what cancels the work upstream.
-        if response.content.at_eof():
-            response.release()
-        else:
-            response.close()
+        self._upstream.end()
         self._give()
 
     def _give(self) -> None:
@@ -171,13 +119,7 @@ class Sending:
             self._provider.slots.give()
 
 
-@lru_cache(maxsize=1024)
 def _joined(base: str, path: str) -> URL:
-    """Parsing a URL takes as long as authenticating does, and there are few of them."""
     if base.endswith("/v1") and path.startswith("/v1/"):
         path = path[3:]  # both ways of writing a base URL are common
     return URL(base + path, encoded=True)
-
-
-def _why(error: Exception) -> str:
-    return str(error) or type(error).__name__
