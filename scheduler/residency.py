@@ -45,6 +45,7 @@ TRANSITIONS: dict[Residency, dict[Residency, str]] = {
     },
     Residency.ASLEEP: {
         Residency.WAKING: "room promised",
+        Residency.DRAINING: "not to wake again, and a neighbour starts",
         Residency.STOPPING: "given up, or died",
         Residency.COLD: "died",
         Residency.FAILED: "died too often",

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Probe, Refuse, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.events import (
     Arrived,
+    Asleep,
     Cancelled,
     EngineFailed,
     EngineReady,
@@ -22,12 +23,14 @@ from scheduler.events import (
     LoadAsked,
     LoadProgress,
     MemoryMeasured,
+    ProbeAnswered,
     Tick,
     UnloadAsked,
 )
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, SchedulerSettings, Ticket
 
 MiB = 1 << 20
+KEEPS = 20 * MiB  # of a sleeper, on its device
 
 
 class Chaos:
@@ -45,6 +48,8 @@ class Chaos:
                 pinned=i == 0,
                 ttl_s=self.rng.choice((None, 20.0)),
                 max_queue=20,
+                sleep_keeps_bytes=self.rng.choice((None, KEEPS)),
+                sleep_host_bytes=300 * MiB,
             )
             for i in range(8)
         ]
@@ -52,9 +57,10 @@ class Chaos:
             DeviceSpec("ram", "host", 1500 * MiB),
             *(DeviceSpec(f"gpu{i}", "nvidia", 1000 * MiB) for i in range(2)),
         ]
-        self.core = Core(
-            devices, models, SchedulerSettings(pressure_threshold=0.9, max_wait_s=120.0, anticipate=anticipate)
+        settings = SchedulerSettings(
+            pressure_threshold=0.9, max_wait_s=120.0, sleep_memory_bytes=700 * MiB, anticipate=anticipate
         )
+        self.core = Core(devices, models, settings)
         self.now = 0.0
         self.names = [m.name for m in models]
         self.waiting: set[int] = set()
@@ -64,6 +70,8 @@ class Chaos:
         self.loading: dict[str, Load] = {}
         self.alive: dict[str, Load] = {}
         self.stopping: list[str] = []
+        self.dozing: dict[str, Load] = {}  # falling asleep, or asleep
+        self.news: list[Asleep | EngineReady | ProbeAnswered] = []  # what engines are about to say of sleep
 
     def feed(self, event: Event) -> None:
         for command in self.core.step(event, self.now):
@@ -83,18 +91,31 @@ class Chaos:
                 assert not any(load.device == device for load in self.loading.values()), "two starts on one device"
                 self.loading[engine_id] = command
             case Stop(engine_id):
-                self.loading.pop(engine_id, None)
-                self.alive.pop(engine_id, None)
+                self._lost(engine_id)
                 self.stopping.append(engine_id)
+            case Sleep(engine_id):
+                # a second time, of one that says that it sleeps and keeps its memory
+                self.dozing[engine_id] = self.alive.pop(engine_id, None) or self.dozing[engine_id]
+                self.news.append(Asleep(engine_id, "busy" if self.rng.random() < 0.05 else ""))
+            case Wake(engine_id):
+                load = self.dozing[engine_id]
+                self.news.append(EngineReady(engine_id, load.model, load.device, 0.3))
+            case Probe(engine_id):
+                wrong = self.rng.random() < 0.05
+                self.news.append(ProbeAnswered(engine_id, " Milan" if wrong else " Rome", -0.5))
             case WakeAt():
                 pass
+
+    def _lost(self, engine_id: str) -> None:
+        for kept in (self.loading, self.alive, self.dozing):
+            kept.pop(engine_id, None)
 
     def play(self) -> None:
         self.now += self.rng.choice((0.0, 0.01, 0.5, 3.0)) if self.rng.random() < 0.999 else 1000.0
         moves: list[tuple[int, Callable[[], None]]] = [
             (40, self.arrive), (30, self.finish), (6, self.cancel), (12, self.ready), (12, self.stopped),
             (2, self.fail), (3, self.measure), (5, self.tick), (1, self.operate), (2, self.noise),
-            (1, self.pause), (1, self.lull),
+            (1, self.pause), (1, self.lull), (20, self.say),
         ]  # fmt: skip
         (move,) = self.rng.choices([m for _, m in moves], [w for w, _ in moves])
         move()
@@ -125,7 +146,7 @@ class Chaos:
         """Nobody comes for a while: the engines obey, requests end, and there is time to think ahead."""
         for _ in range(self.rng.choice((5, 40))):
             self.now += 0.5
-            for move in (self.finish, self.ready, self.stopped, self.tick):
+            for move in (self.finish, self.ready, self.stopped, self.say, self.tick):
                 move()
 
     def cancel(self) -> None:
@@ -146,17 +167,27 @@ class Chaos:
         if self.stopping:
             self.feed(EngineStopped(self.stopping.pop(self.rng.randrange(len(self.stopping)))))
 
+    def say(self) -> None:
+        """An engine says that it sleeps, that it is awake, or what it was asked; late, where it has gone since."""
+        if self.news:
+            event = self.news.pop(self.rng.randrange(len(self.news)))
+            if isinstance(event, EngineReady) and event.engine_id in self.dozing:
+                self.alive[event.engine_id] = self.dozing.pop(event.engine_id)
+            self.feed(event)
+
     def fail(self) -> None:
-        engines = sorted(self.loading | self.alive)
+        engines = sorted(self.loading | self.alive | self.dozing)
         if engines:
             engine_id = self.rng.choice(engines)
-            self.loading.pop(engine_id, None)
-            self.alive.pop(engine_id, None)
+            self._lost(engine_id)
             self.feed(EngineFailed(engine_id, "killed"))
 
     def measure(self) -> None:
         device = self.rng.choice(("ram", "gpu0", "gpu1"))
         engines = {e: self.rng.randrange(1, 1000) * MiB for e, load in self.alive.items() if load.device == device}
+        # one sleeper in ten keeps what it held
+        asleep = (e for e, load in self.dozing.items() if load.device == device)
+        engines |= {e: KEEPS if self.rng.random() < 0.9 else 500 * MiB for e in asleep}
         self.feed(MemoryMeasured(device, 0, 0, self.rng.choice((0, 0, 100, 800)) * MiB, engines, 10 * MiB))
 
     def tick(self) -> None:
@@ -194,6 +225,7 @@ class Chaos:
             self.tick()
             self.ready()
             self.stopped()
+            self.say()
             self.finish()
         raise AssertionError(f"still waiting after a long calm: {self.waiting}, {self.core.models}")
 

@@ -311,6 +311,42 @@ def test_no_neighbour_leaves_while_one_starts_not_even_for_its_ttl_or_an_operato
     card.step(EngineStopped(b))
 
 
+def starts_beside_a_sleeper() -> tuple[Card, str, Load]:
+    """a sleeps, b serves, and c starts beside them."""
+    card = Card(SETTINGS, a={}, b={}, c={"memory_bytes": 200 * MiB})
+    a, load = asleep(card)
+    assert isinstance(load, Load)
+    card.ready(load)
+    card.held[load.engine_id] = 700
+    card.read()
+    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
+    card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    _, (start,) = card.arrive("c")
+    assert isinstance(start, Load)
+    return card, a, start
+
+
+def test_a_sleeper_that_an_operator_unloads_goes_when_its_neighbour_has_started() -> None:
+    card, a, start = starts_beside_a_sleeper()
+    assert card.step(UnloadAsked("a")) == []
+    assert card.state("a") is Residency.DRAINING
+    assert sorted(kinds(card.ready(start))) == ["probe c", "stop a"]
+    card.end(a)
+    assert card.state("a") is Residency.COLD
+
+
+def test_a_sleeper_that_a_reload_changes_goes_when_its_neighbour_has_started() -> None:
+    card, a, start = starts_beside_a_sleeper()
+    specs = [msgspec.structs.replace(m.spec, revision="new" if m.spec.name == "a" else "")
+             for m in card.core.models.values()]  # fmt: skip
+    assert card.step(ConfigChanged(tuple(specs), SETTINGS)) == []
+    waits, commands = card.arrive("a")
+    assert commands == [], "what sleeps is of the old configuration, and is not woken"
+    assert "stop a" in kinds(card.ready(start))
+    card.cancel(waits)
+    card.end(a)
+
+
 def test_want_of_memory_at_a_start_is_learned_from_and_tried_once_more_with_room_made() -> None:
     card = Card(SchedulerSettings(), size=300, a={}, b={}, c={"memory_bytes": 400 * MiB})
     engines = {}
