@@ -22,6 +22,7 @@ from scheduler.engines.command import CommandKind
 from scheduler.engines.estimate import (
     OVERHEAD_GPU,
     NotAModel,
+    copy_s,
     default_kv_cache,
     estimate_memory,
     kv_tokens,
@@ -101,6 +102,7 @@ def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) ->
         devices_needed=parallel,
         sleep_keeps_bytes=keeps,
         sleep_host_bytes=in_host,
+        wake_estimate_s=None if keeps is None else copy_s(in_host, parallel),
     )
     kind = _kind(model, backend, device, memory, cache, devices, sleep=keeps is not None)
     return Local(spec, Launch(kind, backend.start_timeout_s, backend.stop_timeout_s))

@@ -211,7 +211,11 @@ Examples:
     "--until", "until_s", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=float("inf"),
     help="Cut the trace here.",
 )  # fmt: skip
-@click.option("--bounds/--no-bounds", default=True, help="Compare with the optimum (needs scipy).  [default: bounds]")
+@click.option(
+    "--bounds/--no-bounds",
+    default=True,
+    help="Compare with the optimum (needs scipy; not for engines that sleep).  [default: bounds]",
+)
 @click.option("--anticipate", is_flag=True, help="Load early and hold swaps back, as a server does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a policy.")
 @click.option("--replay", metavar="LOG", help="Run a server's log again and compare every decision.")
@@ -264,7 +268,7 @@ def plan(config: str, trace: str, until_s: float, as_json: bool) -> None:
     """Would one more GPU, or 32 GB more RAM, help?
 
     Runs the arrivals through the scheduler on this machine as it is and as it could be, with the models, limits and
-    profiles of the configuration.
+    profiles of the configuration. RAM is tried for engines on the CPU, and for engines to sleep in.
     """
     from proxy.cli_simulate import plan
 

@@ -14,7 +14,7 @@ from proxy.assembly import devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog
 from proxy.cli_simulate_views import contest_view, plan_view, progress
 from proxy.cli_views import console
-from proxy.config import ConfigError
+from proxy.config import Config, ConfigError
 from proxy.config_load import load
 from proxy.sizes import byte_size
 from scheduler.model import ModelSpec
@@ -23,7 +23,7 @@ from scheduler.simulate.bounds import NoSolver
 from scheduler.simulate.contest import NAMES, POLICIES, Bounds, Trial, bounds_of, measure
 from scheduler.simulate.engine import EngineFileError, read_engine
 from scheduler.simulate.traces import Request, TraceError, read_trace
-from scheduler.simulate.whatif import Forecast, variants, what_if
+from scheduler.simulate.whatif import Forecast, Machine, more_ram, variants, what_if
 
 MORE_RAM_BYTES: Final = 32 * 10**9
 FIRST_TOKEN_MS: Final = 300.0  # of a model whose profile says nothing
@@ -90,7 +90,7 @@ def plan(config_path: str, trace: str, until_s: float, as_json: bool) -> None:
         config = load(Path(config_path))
         catalog = Catalog(config)
         devices = devices_of(config)
-        found = locals_of(config, catalog, devices)
+        found = locals_of(_with_sleep(config), catalog, devices)
         requests = read_trace(trace, until_s)
     except ConfigError as error:
         _fail(str(error))
@@ -99,8 +99,10 @@ def plan(config_path: str, trace: str, until_s: float, as_json: bool) -> None:
     models = [each.spec for each in found]
     _all_known(trace, requests, models)
     service_s = _service_times(catalog)
-    machines = variants([device.spec for device in devices], MORE_RAM_BYTES)
-    forecasts = [what_if(machine, models, settings_of(config), requests, service_s) for machine in machines]
+    settings = settings_of(config)
+    now = Machine("as it is", tuple(device.spec for device in devices), settings.sleep_memory_bytes)
+    machines = variants(now, models, MORE_RAM_BYTES)
+    forecasts = [what_if(machine, models, settings, requests, service_s) for machine in machines]
     if as_json:
         for forecast in forecasts:
             click.echo(msgspec.json.encode(forecast))
@@ -108,6 +110,14 @@ def plan(config_path: str, trace: str, until_s: float, as_json: bool) -> None:
     console().print(plan_view(Path(trace).name, forecasts))
     for forecast in forecasts[1:]:
         click.echo(_verdict(forecasts[0], forecast))
+    if not any(machine.name.startswith(more_ram(MORE_RAM_BYTES)) for machine in machines):
+        click.echo(f"{more_ram(MORE_RAM_BYTES)}: no use, no engine here computes on the CPU or can sleep")
+
+
+def _with_sleep(config: Config) -> Config:
+    """The same, with every engine that can sleep told so: how much memory there is for it is a machine's to say."""
+    devices = msgspec.structs.replace(config.devices, sleep_memory=f"{MORE_RAM_BYTES}B")
+    return msgspec.structs.replace(config, devices=devices)
 
 
 def _verdict(now: Forecast, then: Forecast) -> str:
@@ -161,7 +171,7 @@ def _trials(contest: Contest) -> list[Trial]:
     return trials
 
 
-def _bounds(trial: Trial) -> Bounds:
+def _bounds(trial: Trial) -> Bounds | None:
     try:
         return bounds_of(trial)
     except NoSolver as error:

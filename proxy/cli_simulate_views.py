@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+from msgspec import UNSET
 from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.table import Table
@@ -18,7 +19,10 @@ LONG_RUN: Final = 2_000  # requests in all from which a bar is worth its line
 HEADINGS: Final = (
     "policy", "on time", "of B2", "load / B1", "loads", "load s", "p50 s", "p99 s", "worst s", "gap", "run s",
 )  # fmt: skip
-PLAN_HEADINGS: Final = ("machine", "on time", "refused", "loads", "load s", "p50 s", "p99 s", "worst s")
+WAKE_HEADINGS: Final = ("wakes", "wake s")
+PLAN_HEADINGS: Final = (
+    "machine", "on time", "refused", "loads", "load s", "wakes", "wake s", "p50 s", "p99 s", "worst s",
+)  # fmt: skip
 
 
 @contextmanager
@@ -36,9 +40,10 @@ def contest_view(trial: Trial, results: Sequence[Result]) -> RenderableType:
     """A line a policy; where the trace has several classes, their shares below."""
     memory, deadline = trial.memory_bytes / 2**30, trial.deadline_s
     title = f"{results[0].row.trace}: {len(trial.requests)} requests, {memory:g} GiB, on time within {deadline:g} s"
-    table = _table(title, HEADINGS)
+    sleeps = results[0].row.wakes is not UNSET
+    table = _table(title, (*HEADINGS, *WAKE_HEADINGS) if sleeps else HEADINGS)
     for result in results:
-        table.add_row(*_cells(result.row), style="bold" if result.row.default else "")
+        table.add_row(*_cells(result.row), *_wakes(result.row), style="bold" if result.row.default else "")
     classes = sorted({name for result in results for name in result.share_by_class})
     if len(classes) < 2:
         return table
@@ -52,9 +57,9 @@ def plan_view(trace: str, forecasts: Sequence[Forecast]) -> RenderableType:
     """A line a machine."""
     table = _table(f"{trace}: {forecasts[0].requests} requests", PLAN_HEADINGS)
     for each in forecasts:
-        waits = (each.wait_p50_s, each.wait_p99_s, each.wait_worst_s)
-        counts = (str(each.refused), str(each.loads), f"{each.load_seconds:.0f}")
-        table.add_row(each.machine, f"{each.on_time_share:.3f}", *counts, *(f"{wait:.1f}" for wait in waits))
+        waits = (f"{wait:.1f}" for wait in (each.wait_p50_s, each.wait_p99_s, each.wait_worst_s))
+        loads = (str(each.loads), f"{each.load_seconds:.0f}", str(each.wakes), f"{each.wake_seconds:.0f}")
+        table.add_row(each.machine, f"{each.on_time_share:.3f}", str(each.refused), *loads, *waits)
     return table
 
 
@@ -75,3 +80,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     gap = "" if row.service_gap is None else f"{row.service_gap:.0f}"
     loads = (str(row.loads), f"{row.load_seconds:.0f}")
     return (_name(row), f"{row.on_time_share:.3f}", *ratios, *loads, *waits, gap, f"{row.run_s:.2f}")
+
+
+def _wakes(row: Row) -> tuple[str, ...]:
+    if row.wakes is UNSET or row.wake_seconds is UNSET:
+        return ()
+    return str(row.wakes), f"{row.wake_seconds:.0f}"

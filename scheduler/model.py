@@ -84,7 +84,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
     `memory_bytes` is on each of its `devices_needed` devices (tensor parallel); `stated` when it is an operator's
     promise rather than an estimate. `sleep_keeps_bytes` is what stays on each device while the engine sleeps, None for
-    one that cannot; `sleep_host_bytes` what it then takes of host memory.
+    one that cannot; `sleep_host_bytes` what it then takes of host memory; `wake_estimate_s` how long its first wake
+    should take (None: a tenth of a load).
     """
 
     name: str
@@ -101,6 +102,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     devices_needed: int = 1
     sleep_keeps_bytes: int | None = None
     sleep_host_bytes: int = 0
+    wake_estimate_s: float | None = None
 
 
 class DeviceSpec(msgspec.Struct, frozen=True):

@@ -14,7 +14,13 @@ from scheduler.forecast import Demand
 from scheduler.model import ModelSpec, Residency, StopCause, Ticket
 from scheduler.residency import move
 
-WAKE_SOONER = 10.0  # than a load, until it has been seen
+WAKE_SOONER = 10.0  # than a load, where nobody knows better
+WAKES_NEXT = (Residency.SUSPENDING, Residency.ASLEEP, Residency.WAKING)
+
+
+def first_wake_s(spec: ModelSpec) -> float:
+    """Seconds that a wake should take, until one has been seen."""
+    return spec.load_estimate_s / WAKE_SOONER if spec.wake_estimate_s is None else spec.wake_estimate_s
 
 
 class Guess:
@@ -121,7 +127,7 @@ class ModelState:
         self.rested_s = 0.0  # the same, before it was last busy
         self.load_started_s = 0.0
         self.load_s = spec.load_estimate_s
-        self.wake_s = spec.load_estimate_s / WAKE_SOONER
+        self.wake_s = first_wake_s(spec)
         self.seconds_to_load = self.load_s  # until it is ready from where it is: a load, or a wake
         self.booked_bytes = spec.memory_bytes  # on each device: stated, estimated or learned
         self.ran_out = False  # its last start ended for want of memory, and is tried once more
@@ -145,7 +151,7 @@ class ModelState:
     def move(self, target: Residency) -> None:
         """Change the state, if the table allows it."""
         self.state = move(self.state, target)
-        self.seconds_to_load = self.wake_s if target in (Residency.ASLEEP, Residency.WAKING) else self.load_s
+        self.seconds_to_load = self.wake_s if target in WAKES_NEXT else self.load_s
         self.changed()
 
     def changed(self) -> None:

@@ -79,7 +79,8 @@ class Trial(msgspec.Struct, frozen=True):
 
     def core(self, ordering: Ordering, eviction: Eviction, *, anticipate: bool = False) -> Core:
         """A fresh core over one device of the trial's memory."""
-        settings = endless_settings(self.deadline_s, anticipate=anticipate)
+        sleep_memory = self.engine.sleep_memory_bytes
+        settings = endless_settings(self.deadline_s, anticipate=anticipate, sleep_memory_bytes=sleep_memory)
         return Core([device(self.memory_bytes)], self.specs(), settings, ordering=ordering, eviction=eviction)
 
 
@@ -91,7 +92,8 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct):
-    """The figures of one policy; seconds and bytes. Ratios are null where the bounds were left out."""
+    """The figures of one policy; seconds and bytes. Ratios are null where there are no bounds; wakes are counted where
+    engines sleep."""
 
     policy: str
     default: bool
@@ -110,6 +112,8 @@ class Row(msgspec.Struct):
     wait_worst_s: float
     service_gap: float | None
     run_s: float
+    wakes: int | msgspec.UnsetType = msgspec.UNSET
+    wake_seconds: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -119,8 +123,11 @@ class Result(msgspec.Struct, frozen=True):
     share_by_class: Mapping[str, float]
 
 
-def bounds_of(trial: Trial) -> Bounds:
-    """Both bounds, from the cache where they are known. Raises NoSolver."""
+def bounds_of(trial: Trial) -> Bounds | None:
+    """Both bounds, from the cache where they are known; None for engines that sleep, whose wakes they do not know.
+    Raises NoSolver."""
+    if trial.engine.sleep_memory is not None:
+        return None
     models = {spec.name: spec for spec in trial.specs()}
     services = [trial.engine.service_s(request) for request in trial.requests]
     slot_s = max(LEAST_SLOT_S, trial.deadline_s / SLOTS_A_DEADLINE)
@@ -131,11 +138,12 @@ def bounds_of(trial: Trial) -> Bounds:
 
 
 def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Callable[[int], None]) -> Result:
-    """Run the policy: once with its ordering, once in arrival order for its load cost alone."""
+    """Run the policy: once with its ordering, and with bounds once in arrival order for its load cost alone."""
     begun = time.perf_counter()
     core = trial.core(policy.ordering(), policy.eviction(), anticipate=trial.anticipate)
-    outcome = Simulation(core, trial.engine.service_s, trial.requests, progress=progress).run()
-    cost_s = load_cost(trial.core(Fifo(), policy.eviction()), trial.requests)
+    engine = trial.engine
+    outcome = Simulation(core, engine.service_s, trial.requests, sleep_s=engine.sleep_s, progress=progress).run()
+    cost_s = 0.0 if bounds is None else load_cost(trial.core(Fifo(), policy.eviction()), trial.requests)
     run_s = time.perf_counter() - begun
     waits = sorted(outcome.waits_s)
     on_time = sum(wait <= trial.deadline_s + EDGE_S for wait in waits)
@@ -158,6 +166,8 @@ def measure(trial: Trial, policy: Policy, bounds: Bounds | None, progress: Calla
         service_gap=_gap(trial, outcome),
         run_s=run_s,
     )
+    if engine.sleep_memory is not None:
+        row.wakes, row.wake_seconds = outcome.wakes, outcome.wake_seconds
     return Result(row, _by_class(trial, outcome))
 
 

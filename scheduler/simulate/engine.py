@@ -8,6 +8,12 @@
     service_base_s = 0.3             # an answer takes service_base_s + output_tokens / tokens_per_s
     tokens_per_s = 60.0
     sequences = 64
+    sleep_memory = "128GiB"          # host memory to sleep in; without it eviction stops engines, which takes no time
+    sleep_keeps = "2GiB"             # of a sleeper stays on the device; the rest of its size goes to host memory
+    sleep_base_s = 0.2               # going to sleep takes sleep_base_s + rest / sleep_bytes_per_s, over the same link
+    sleep_bytes_per_s = 22e9
+    wake_base_s = 0.2
+    wake_bytes_per_s = 22e9
     [models]                         # sizes of models by name, before any dealing
     "my-model" = "28GiB"
 """
@@ -20,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 
+from scheduler.engines.estimate import COPY_BASE_S, COPY_BYTES_PER_S, OVERHEAD_GPU
 from scheduler.model import DeviceSpec, ModelSpec
 from scheduler.simulate.traces import Request
 
@@ -34,7 +41,10 @@ class EngineFileError(ValueError):
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See the module. `sizes` are dealt by (step x index) mod len(sizes) to the models in name order."""
+    """See the module. `sizes` are dealt by (step x index) mod len(sizes) to the models in name order.
+
+    What is said of sleep and wake by default is published of vLLM on one card; `REFERENCE` itself does not sleep.
+    """
 
     sizes: tuple[int | str, ...] = (5 * GiB, 9 * GiB, 16 * GiB, 16 * GiB, 28 * GiB, 28 * GiB, 40 * GiB, 66 * GiB)
     step: int = 5
@@ -44,6 +54,17 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     service_base_s: float = 0.3
     tokens_per_s: float = 60.0
     sequences: int = 64
+    sleep_memory: int | str | None = None
+    sleep_keeps: int | str = OVERHEAD_GPU
+    sleep_base_s: float = COPY_BASE_S
+    sleep_bytes_per_s: float = COPY_BYTES_PER_S
+    wake_base_s: float = COPY_BASE_S
+    wake_bytes_per_s: float = COPY_BYTES_PER_S
+
+    @property
+    def sleep_memory_bytes(self) -> int:
+        """Host memory for engines that sleep; 0: none does."""
+        return 0 if self.sleep_memory is None else as_bytes(self.sleep_memory)
 
     def specs(self, names: Iterable[str]) -> list[ModelSpec]:
         """The scheduler's view of the models, in name order. Nothing is refused for a full queue."""
@@ -54,6 +75,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return as_bytes(stated if stated is not None else self.sizes[self.step * index % len(self.sizes)])
 
     def _spec(self, name: str, size: int) -> ModelSpec:
+        keeps = None if self.sleep_memory is None else min(as_bytes(self.sleep_keeps), size)
+        in_host = 0 if keeps is None else size - keeps
         return ModelSpec(
             name,
             size,
@@ -62,7 +85,14 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             kv_tokens=NO_LIMIT,
             max_queue=NO_LIMIT,
             load_estimate_s=self.load_base_s + size / self.load_bytes_per_s,
+            sleep_keeps_bytes=keeps,
+            sleep_host_bytes=in_host,
+            wake_estimate_s=None if keeps is None else self.wake_base_s + in_host / self.wake_bytes_per_s,
         )
+
+    def sleep_s(self, spec: ModelSpec) -> float:
+        """Seconds that this model takes to fall asleep."""
+        return self.sleep_base_s + spec.sleep_host_bytes / self.sleep_bytes_per_s
 
     def service_s(self, request: Request) -> float:
         """Seconds that the request keeps its place in the engine."""
@@ -82,8 +112,9 @@ def read_engine(name: str) -> Engine:
         engine = msgspec.convert(tomllib.loads(Path(name).read_text(encoding="utf-8")), Engine)
         if not engine.sizes:
             raise ValueError("sizes is empty")
-        for size in (*engine.sizes, *engine.models.values()):
-            as_bytes(size)
+        for size in (*engine.sizes, *engine.models.values(), engine.sleep_keeps, engine.sleep_memory):
+            if size is not None:
+                as_bytes(size)
     except OSError as error:
         raise EngineFileError(f"{name}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:

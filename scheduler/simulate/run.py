@@ -5,14 +5,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from math import inf
+from typing import NamedTuple
 
 import msgspec
 
-from scheduler.commands import Admit, Command, Load, Refuse, Stop, WakeAt
+from scheduler.commands import Admit, Command, Load, Probe, Refuse, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
-from scheduler.events import Arrived, EngineReady, EngineStopped, Event, Finished, Tick
-from scheduler.model import SchedulerSettings, Ticket
+from scheduler.events import Arrived, Asleep, EngineReady, EngineStopped, Event, Finished, ProbeAnswered, Tick
+from scheduler.model import ModelSpec, SchedulerSettings, Ticket
 from scheduler.simulate.traces import Request
+from scheduler.state import first_wake_s
 
 # of what happens at one moment, places become free before they are asked for
 FINISH, READY, TICK, ARRIVE = range(4)
@@ -25,10 +27,22 @@ class Outcome(msgspec.Struct):
     waits_s: list[float]
     loads: int = 0
     load_seconds: float = 0.0
+    wakes: int = 0
+    wake_seconds: float = 0.0
+
+
+class Transfer(NamedTuple):
+    """What an engine last moved between its device and elsewhere: over which link, until when."""
+
+    link: str
+    end_s: float
+    loads: bool
 
 
 class Simulation:
-    """One run. Loads pass one at a time, on each device or (`one_link`) on all; eviction takes no time."""
+    """One run. Loads, sleeps and wakes pass one at a time, on each device or (`one_link`) on all; a stop takes no time,
+    and neither does the question that a sleeper is asked. `sleep_s`: how long a model takes to fall asleep, as long as
+    it takes to wake unless something else is said."""
 
     def __init__(
         self,
@@ -37,6 +51,7 @@ class Simulation:
         requests: Sequence[Request],
         *,
         one_link: bool = True,
+        sleep_s: Callable[[ModelSpec], float] = first_wake_s,
         progress: Callable[[int], None] = lambda _: None,
         observe: Callable[[Event | Command, float], None] = lambda _event, _now: None,
     ) -> None:
@@ -45,13 +60,14 @@ class Simulation:
         self.outcome = Outcome([inf] * len(requests))
         self._service_s = service_s
         self._one_link = one_link
+        self._sleep_s = sleep_s
         self._requests = requests
         self._progress = progress
         self._observe = observe
         self._heap: list[tuple[float, int, int, Event]] = []
         self._count = 0
         self._link_free_s: dict[str, float] = {}
-        self._loading: dict[str, tuple[str, float]] = {}  # by engine: over which link, ready when
+        self._moved: dict[str, Transfer] = {}  # by engine
         self._wake_at = inf
         self._to_end = len(requests)
         self._news_at = 0.0
@@ -84,11 +100,14 @@ class Simulation:
             self._to_end -= isinstance(event, Finished)
             for command in self.core.step(event, self.now):
                 self._observe(command, self.now)
-                if isinstance(command, Stop):
-                    self._break_off(command.engine_id)
-                    waiting.append(EngineStopped(command.engine_id))
-                else:
-                    self._obey(command)
+                match command:
+                    case Stop(engine_id):
+                        self._break_off(engine_id)
+                        waiting.append(EngineStopped(engine_id))
+                    case Probe(engine_id):
+                        waiting.append(ProbeAnswered(engine_id))
+                    case _:
+                        self._obey(command)
 
     def _obey(self, command: Command) -> None:
         match command:
@@ -98,13 +117,20 @@ class Simulation:
                 self._at(self.now + self._service_s(request), FINISH, Finished(index))
             case Load(engine_id, model, device):
                 seconds = self.core.models[model].spec.load_estimate_s
-                link = "" if self._one_link else device
-                ready_s = max(self.now, self._link_free_s.get(link, 0.0)) + seconds
-                self._link_free_s[link] = ready_s
-                self._loading[engine_id] = link, ready_s
+                ready_s = self._move(engine_id, device, seconds, loads=True)
                 self.outcome.loads += 1
                 self.outcome.load_seconds += seconds
                 self._at(ready_s, READY, EngineReady(engine_id, model, device, seconds))
+            case Sleep(engine_id):
+                spec, device = self._place(engine_id)
+                self._at(self._move(engine_id, device, self._sleep_s(spec)), READY, Asleep(engine_id))
+            case Wake(engine_id):
+                spec, device = self._place(engine_id)
+                seconds = first_wake_s(spec)
+                ready_s = self._move(engine_id, device, seconds)
+                self.outcome.wakes += 1
+                self.outcome.wake_seconds += seconds
+                self._at(ready_s, READY, EngineReady(engine_id, spec.name, device, seconds))
             case Refuse():
                 self._to_end -= 1  # and keeps its infinite wait
             case WakeAt(at_s):
@@ -113,15 +139,30 @@ class Simulation:
             case _:
                 pass
 
+    def _place(self, engine_id: str) -> tuple[ModelSpec, str]:
+        model = self.core.books.by_engine(engine_id)
+        assert model is not None
+        assert model.engine is not None
+        return model.spec, model.engine.device
+
+    def _move(self, engine_id: str, device: str, seconds: float, *, loads: bool = False) -> float:
+        """Begin a transfer as soon as its link is free; when it ends."""
+        link = "" if self._one_link else device
+        end_s = self._link_free_s[link] = max(self.now, self._link_free_s.get(link, 0.0)) + seconds
+        self._moved[engine_id] = Transfer(link, end_s, loads)
+        return end_s
+
     def _break_off(self, engine_id: str) -> None:
-        """A load that is stopped before it is ready leaves its link to the next."""
-        link, ready_s = self._loading.pop(engine_id, ("", 0.0))
-        if ready_s > self.now and self._link_free_s.get(link) == ready_s:
-            self._link_free_s[link] = self.now
-            self.outcome.load_seconds -= ready_s - self.now
+        """A transfer whose engine is stopped before its end leaves its link to the next."""
+        moved = self._moved.pop(engine_id, None)
+        if moved is None or moved.end_s <= self.now or self._link_free_s.get(moved.link) != moved.end_s:
+            return
+        self._link_free_s[moved.link] = self.now
+        if moved.loads:
+            self.outcome.load_seconds -= moved.end_s - self.now
 
 
-def endless_settings(deadline_s: float, *, anticipate: bool = False) -> SchedulerSettings:
+def endless_settings(deadline_s: float, *, anticipate: bool = False, sleep_memory_bytes: int = 0) -> SchedulerSettings:
     """Nothing is refused, nothing is evicted before somebody waits; on time is `deadline_s` for every class.
 
     Without anticipation unless asked for: the policies are compared by the loads that requests cause.
@@ -132,5 +173,6 @@ def endless_settings(deadline_s: float, *, anticipate: bool = False) -> Schedule
         max_wait_s=inf,
         max_waiting=1 << 40,
         patience_s=patience_s,
+        sleep_memory_bytes=sleep_memory_bytes,
         anticipate=anticipate,
     )

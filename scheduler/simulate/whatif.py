@@ -12,12 +12,15 @@ from scheduler.simulate.contest import EDGE_S, percentile
 from scheduler.simulate.run import Simulation
 from scheduler.simulate.traces import Request
 
+HOST = "host"  # the kind of device that is host memory
+
 
 class Machine(msgspec.Struct, frozen=True):
-    """A machine to try, and what to call it."""
+    """A machine to try, and what to call it. `sleep_memory_bytes` of its host memory is for engines that sleep."""
 
     name: str
     devices: tuple[DeviceSpec, ...]
+    sleep_memory_bytes: int = 0
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -29,28 +32,39 @@ class Forecast(msgspec.Struct, frozen=True):
     refused: int
     loads: int
     load_seconds: float
+    wakes: int
+    wake_seconds: float
     wait_p50_s: float
     wait_p99_s: float
     wait_worst_s: float
 
 
-def variants(devices: Sequence[DeviceSpec], more_ram_bytes: int) -> list[Machine]:
-    """The machine as it is, with one more of its largest GPU, and with more host memory, as far as it has either."""
-    found = [Machine("as it is", tuple(devices))]
-    gpus = [device for device in devices if device.kind != "host"]
+def variants(now: Machine, models: Sequence[ModelSpec], more_ram_bytes: int) -> list[Machine]:
+    """The machine as it is, with one more of its largest GPU, and with more host memory for whoever can use it: engines
+    that compute there, and engines that sleep there."""
+    found = [now]
+    gpus = [device for device in now.devices if device.kind != HOST]
     if gpus:
         largest = max(gpus, key=lambda device: device.capacity_bytes)
         another = msgspec.structs.replace(largest, name=f"{largest.name}+1")
-        found.append(Machine(f"one more {largest.name}", (*devices, another)))
-    if any(device.kind == "host" for device in devices):
-        grown = tuple(
-            msgspec.structs.replace(device, capacity_bytes=device.capacity_bytes + more_ram_bytes)
-            if device.kind == "host"
-            else device
-            for device in devices
-        )
-        found.append(Machine(f"{more_ram_bytes / 1e9:.0f} GB more RAM", grown))
+        found.append(Machine(f"one more {largest.name}", (*now.devices, another), now.sleep_memory_bytes))
+    more = more_ram(more_ram_bytes)
+    hosts = {HOST} | {device.name for device in now.devices if device.kind == HOST}
+    if any(model.device in hosts for model in models):
+        grown = tuple(_grown(device, more_ram_bytes) if device.kind == HOST else device for device in now.devices)
+        found.append(Machine(f"{more} for engines", grown, now.sleep_memory_bytes))
+    if any(model.sleep_keeps_bytes is not None for model in models):
+        found.append(Machine(f"{more} to sleep in", now.devices, now.sleep_memory_bytes + more_ram_bytes))
     return found
+
+
+def more_ram(by: int) -> str:
+    """What so many bytes more of it are called."""
+    return f"{by / 1e9:.0f} GB more RAM"
+
+
+def _grown(device: DeviceSpec, by: int) -> DeviceSpec:
+    return msgspec.structs.replace(device, capacity_bytes=device.capacity_bytes + by)
 
 
 def what_if(
@@ -61,6 +75,7 @@ def what_if(
     service_s: Callable[[Request], float],
 ) -> Forecast:
     """The default policy on this machine; each device loads by its own link."""
+    settings = msgspec.structs.replace(settings, sleep_memory_bytes=machine.sleep_memory_bytes)
     core = Core(machine.devices, models, settings)
     outcome = Simulation(core, service_s, requests, one_link=False).run()
     waits = sorted(outcome.waits_s)
@@ -76,6 +91,8 @@ def what_if(
         refused=len(waits) - len(served),
         loads=outcome.loads,
         load_seconds=outcome.load_seconds,
+        wakes=outcome.wakes,
+        wake_seconds=outcome.wake_seconds,
         wait_p50_s=percentile(served, 0.5) if served else 0.0,
         wait_p99_s=percentile(served, 0.99) if served else 0.0,
         wait_worst_s=served[-1] if served else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,41 @@ def test_plan_says_what_one_more_device_would_do(tmp_path: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert "one more sim0: +" in result.stdout  # both models fit then
-    as_it_is, more = (json.loads(line) for line in run(*words, "--json").stdout.splitlines())
+    as_it_is, more, _ = (json.loads(line) for line in run(*words, "--json").stdout.splitlines())
     assert more["on_time_share"] > as_it_is["on_time_share"]
     assert more["loads"] == 2
+
+
+def plan(folder: Path, config: str, gap_s: float) -> Result:
+    """Two models asked for in turn."""
+    (folder / "vramp.toml").write_text(config)
+    (folder / "t.csv").write_text(
+        "t_s,model,output_tokens\n" + "".join(f"{gap_s * i},{'ab'[i % 2]},30\n" for i in range(30))
+    )
+    return run("plan", "--config", str(folder / "vramp.toml"), "--trace", str(folder / "t.csv"))
+
+
+def test_plan_says_that_more_ram_helps_where_engines_that_are_evicted_could_sleep_there(tmp_path: Path) -> None:
+    result = plan(tmp_path, CONFIG, gap_s=60)
+    assert result.exit_code == 0, result.output
+    # each use loads for 30 s now; then the first two do, and a wake takes a fraction of a second
+    assert "32 GB more RAM to sleep in: +93.3% of the requests on time" in result.stdout
+    assert {"wakes", "wake s"} <= set(re.split(r"\s*[┃│]\s*", result.stdout))
+
+
+def test_plan_says_that_more_ram_does_not_help_where_nothing_is_evicted(tmp_path: Path) -> None:
+    result = plan(tmp_path, CONFIG.replace("6GiB", "9GiB"), gap_s=60)
+    assert "32 GB more RAM to sleep in: would not help (+0.0% on time" in result.stdout
+
+
+def test_plan_counts_the_host_memory_that_the_configuration_gives_to_sleepers_already(tmp_path: Path) -> None:
+    result = plan(tmp_path, CONFIG.replace("[devices]", '[devices]\nsleep_memory = "16GiB"'), gap_s=60)
+    assert "32 GB more RAM to sleep in: would not help (+0.0% on time" in result.stdout
+
+
+def test_plan_says_that_ram_is_of_no_use_to_engines_that_cannot_sleep(tmp_path: Path) -> None:
+    result = plan(tmp_path, CONFIG.replace('backend = "sim"', 'backend = "sim"\ntask = "embed"'), gap_s=60)
+    assert "32 GB more RAM: no use" in result.stdout
 
 
 def test_plan_names_a_model_that_the_configuration_does_not_have(tmp_path: Path) -> None:
