@@ -145,11 +145,15 @@ class Clients:
             call.close()
 
 
-async def overload(port: int, seconds: float, rate: float) -> Figures:
-    """Warm up, measure, wait for what is under way."""
+async def overload(subject: bench.Subject, core: set[int], seconds: float, rate: float) -> Figures:
+    """Warm up, measure, wait for what is under way. The engine goes to `core`."""
     figures = Figures(seconds)
-    clients, loop = Clients(port, figures), asyncio.get_running_loop()
+    clients, loop = Clients(subject.port, figures), asyncio.get_running_loop()
+    server = subject.tree()
     await clients.ask()  # loads the model
+    for each in subject.tree():
+        if each not in server:  # the engine, which was started on its keeper's core
+            each.cpu_affinity(list(core))
     asked: set[asyncio.Task[None]] = set()
     began, sent = loop.time(), 0
     while (passed := loop.time() - began) < WARM_S + seconds:
@@ -193,9 +197,7 @@ def main() -> None:
     theirs, ours = bench.cores()
     os.sched_setaffinity(0, ours)
     with bench.vramp(CONFIG, theirs) as subject:
-        for each in subject.tree()[2:]:  # whatever the keeper starts besides the proxy
-            each.cpu_affinity(list(ours))
-        figures = uvloop.run(overload(subject.port, asked.seconds, asked.rate))
+        figures = uvloop.run(overload(subject, ours, asked.seconds, asked.rate))
     print(json.dumps(msgspec.to_builtins(figures)) if asked.json else report(figures))
     sys.exit(1 if figures.wrong else 0)
 
