@@ -145,9 +145,8 @@ class Engine:
         )
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize; the pieces cannot be had back from their numbers, so it names them."""
-        ids = (await self._body(request)).get("tokens") or []
-        return web.json_response({"prompt": "".join(f" t{number}" for number in ids)})
+        """POST /detokenize; the pieces cannot be had back from their ids, so it names them."""
+        return web.json_response({"prompt": text.named((await self._body(request)).get("tokens") or [])})
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         """POST /v1/messages/count_tokens."""

@@ -27,6 +27,11 @@ def token_id(token: str) -> int:
     return crc32(token.encode()) % VOCABULARY
 
 
+def named(ids: list[int]) -> str:
+    """A text of as many tokens, which can be had back from their ids only as numbers."""
+    return "".join(f" {each}" for each in ids)
+
+
 def prompt_of(body: dict[str, Any]) -> str:
     """All text of a request, whichever dialect it is in."""
     found = (body.get(key) for key in ("system", "instructions", "messages", "input", "prompt"))
@@ -63,8 +68,8 @@ def embedding(text: str, dimensions: int = DIMENSIONS) -> list[float]:
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield f" t{value}"  # a prompt of token ids
+    elif isinstance(value, list) and value and all(type(each) is int for each in value):
+        yield named(value)  # a prompt of token ids
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)

@@ -128,6 +128,13 @@ async def test_embeddings_are_the_same_as_floats_and_as_base64(engine: Make) -> 
     assert sum(value * value for value in vector) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("given", "tokens"), [([7, 151_000, 0], 3), ([[5] * 40, [6]], 41), ("red apple", 2)])
+async def test_ids_of_tokens_are_counted_each_as_one(engine: Make, given: Any, tokens: int) -> None:
+    client = await engine(task="embed")
+    body = await (await client.post("/v1/embeddings", json={"model": "sim", "input": given})).json()
+    assert body["usage"]["prompt_tokens"] == tokens
+
+
 async def test_reranking_puts_shared_words_first(engine: Make) -> None:
     client = await engine(task="embed")
     asked = {"model": "sim", "query": "red apple", "documents": ["blue sea", "a red apple"]}
