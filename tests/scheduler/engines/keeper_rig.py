@@ -56,6 +56,9 @@ PROXY = textwrap.dedent(
 )
 
 
+SLEEP = "import time; time.sleep(60)"
+
+
 def python(code: str) -> list[str]:
     """A command line that runs this code; -S because site-packages take most of a start."""
     return [sys.executable, "-S", "-c", textwrap.dedent(code)]
@@ -74,6 +77,28 @@ def passed_by_systemd(sockets: Mapping[str, socket.socket]) -> list[str]:
     """
     descriptors = ",".join(str(sock.fileno()) for sock in sockets.values())
     return [*python(code), f"{descriptors},{':'.join(sockets)}"]
+
+
+class Systemd:
+    """A service manager: the socket that it listens on."""
+
+    def __init__(self) -> None:
+        self.name = f"vramp-test-{os.getpid()}-{time.monotonic_ns()}"
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind("\0" + self.name)
+        self.sock.settimeout(4)
+
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def hears(self, words: str) -> list[str]:
+        """Read until these words come; the lines of their message."""
+        while words not in (lines := self.sock.recv(1000).decode().splitlines()):
+            pass
+        return lines
 
 
 def eventually(true: Callable[[], Any], limit_s: float = 4.0) -> Any:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ from scheduler.engines import (
     keeper_systemd,
     reaper,
 )
-from tests.scheduler.engines.keeper_rig import Rig, eventually, lives, python
+from tests.scheduler.engines.keeper_rig import SLEEP, Rig, eventually, lives, python
 
-SLEEP = "import time; time.sleep(60)"
 STUBBORN_FAMILY = """
     import os, signal, sys, time
     if os.fork() == 0:
@@ -44,19 +43,6 @@ RUNAWAY_FAMILY = """
     time.sleep(60)
 """
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(*options: str, **more: Any) -> Rig:
-        rigs.append(Rig(tmp_path / f"state{len(rigs)}", *options, **more))
-        return rigs[-1]
-
-    yield make
-    for each in rigs:
-        each.close()
 
 
 def printed_pid(rig: Rig, tag: str) -> int:

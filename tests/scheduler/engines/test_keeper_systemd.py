@@ -7,16 +7,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scheduler.engines import keeper_systemd
-from tests.scheduler.engines.keeper_rig import Rig, eventually, lives, passed_by_systemd, python
+from tests.scheduler.engines.keeper_rig import SLEEP, Rig, Systemd, eventually, lives, passed_by_systemd, python
 
-SLEEP = "import time; time.sleep(60)"
 HANGS = """
     import json, os, signal, socket, sys, time
     keeper = socket.socket(fileno=int(os.environ["VRAMP_KEEPER_FD"]))
@@ -32,41 +30,6 @@ HANGS = """
         keeper.send(b'{"op": "alive"}')
         time.sleep(0.02)
 """
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(*options: str, **more: Any) -> Rig:
-        rigs.append(Rig(tmp_path / f"state{len(rigs)}", *options, **more))
-        return rigs[-1]
-
-    yield make
-    for each in rigs:
-        each.close()
-
-
-class Systemd:
-    """The socket that it listens on."""
-
-    def __init__(self) -> None:
-        self.name = f"vramp-test-{os.getpid()}-{time.monotonic_ns()}"
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.bind("\0" + self.name)
-        self.sock.settimeout(4)
-
-    def __enter__(self) -> Systemd:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-    def hears(self, words: str) -> list[str]:
-        """Read until these words come; the lines of their message."""
-        while words not in (lines := self.sock.recv(1000).decode().splitlines()):
-            pass
-        return lines
 
 
 def test_a_proxy_that_hangs_is_ended_and_another_started(rig: Callable[..., Rig], tmp_path: Path) -> None:

@@ -5,30 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from scheduler.engines import reaper
-from tests.scheduler.engines.keeper_rig import LendingRig, Rig, eventually, lives, python
-from tests.scheduler.engines.test_keeper_systemd import Systemd
+from tests.scheduler.engines.keeper_rig import LendingRig, Rig, Systemd, eventually, lives, python
 
 NEVER_READY = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    rigs: list[Rig] = []
-
-    def make(*options: str, **more: Any) -> Rig:
-        rigs.append(Rig(tmp_path / f"state{len(rigs)}", *options, **more))
-        return rigs[-1]
-
-    yield make
-    for each in rigs:
-        each.close()
 
 
 def proxies(rig: Rig) -> list[int]:

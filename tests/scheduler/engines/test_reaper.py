@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from scheduler.engines import reaper
-from tests.scheduler.engines.keeper_rig import lives
-
-SLEEP = "import time; time.sleep(60)"
+from tests.scheduler.engines.keeper_rig import SLEEP, lives
 
 
 @pytest.fixture

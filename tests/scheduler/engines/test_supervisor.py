@@ -20,7 +20,7 @@ from scheduler.engines.keeper_link import KeeperError, KeeperGone, KeeperLink
 from scheduler.engines.simulated import SimulatedKind, declared_memory
 from scheduler.engines.supervisor import Handle, Supervisor
 from tests.fakes import until
-from tests.scheduler.engines.keeper_rig import LendingRig, lives, python
+from tests.scheduler.engines.keeper_rig import SLEEP, LendingRig, lives, python
 
 SERVE = """
     import http.server, os, signal, sys
@@ -205,7 +205,7 @@ async def test_a_program_that_is_not_there_is_named(world: World) -> None:
 @pytest.mark.parametrize(
     ("kind", "limit_s", "reason"),
     [
-        (ScriptKind("import time; time.sleep(60)"), 0.3, "not ready within 0.3 s"),
+        (ScriptKind(SLEEP), 0.3, "not ready within 0.3 s"),
         (ScriptKind(STATUS="503"), 0.3, "not ready within 0.3 s"),
         (ScriptKind(STATUS="400"), 4.0, "it refuses"),
     ],
@@ -221,7 +221,7 @@ async def test_an_engine_that_never_serves_is_ended_before_the_start_fails(
 
 async def test_a_cancelled_start_leaves_nothing(world: World) -> None:
     for pause_s in (0.0, 0.002, 0.1):  # before the keeper was asked, before it answered, while the engine loads
-        starting = asyncio.create_task(world.start(ScriptKind("import time; time.sleep(60)")))
+        starting = asyncio.create_task(world.start(ScriptKind(SLEEP)))
         await asyncio.sleep(pause_s)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -231,7 +231,7 @@ async def test_a_cancelled_start_leaves_nothing(world: World) -> None:
 
 
 async def test_a_stop_ends_a_start(world: World) -> None:
-    starting = asyncio.create_task(world.start(ScriptKind("import time; time.sleep(60)")))
+    starting = asyncio.create_task(world.start(ScriptKind(SLEEP)))
     await asyncio.sleep(0.05)
     await world.supervisor.stop("m-1", 1.0)
     with pytest.raises(EngineExit, match="it was stopped"):
@@ -287,7 +287,7 @@ async def test_a_new_proxy_adopts_the_living_engines(world: World) -> None:
 
 async def test_an_engine_of_another_version_is_not_adopted_but_ended(world: World) -> None:
     log = str(world.rig.state_dir / "log")
-    await world.link.spawn("old", python("import time; time.sleep(60)"), {}, log=log, meta={"shape": "old"})
+    await world.link.spawn("old", python(SLEEP), {}, log=log, meta={"shape": "old"})
     assert await world.supervisor.adopt() == []
     while (await world.link.list()).engines:
         await asyncio.sleep(0.005)
