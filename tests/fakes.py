@@ -91,7 +91,7 @@ def plain(
     return behave
 
 
-def stream(*pieces: bytes, then: Callable[[web.BaseRequest], Awaitable[None]] | None = None) -> Behaviour:
+def stream(*pieces: bytes, then: Callable[[web.BaseRequest], Awaitable[object]] | None = None) -> Behaviour:
     """An event stream in these pieces, as separate as the kernel lets them be; `then` runs before the end."""
 
     async def behave(request: web.BaseRequest, _: bytes) -> web.StreamResponse:

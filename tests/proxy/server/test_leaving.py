@@ -12,22 +12,7 @@ from aiohttp import web
 from proxy.config import TimeoutsConfig
 from tests.fakes import chunk, hang, stream, until
 from tests.proxy.server.conftest import Proxy
-
-BODY = b'{"model":"demo-chat","stream":%s,"messages":[{"role":"user","content":"Hi"}]}'
-
-
-async def connect(proxy: Proxy, *, streaming: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection(*proxy.address)
-    body = BODY % (b"true" if streaming else b"false")
-    writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n" % len(body) + body
-    )
-    return reader, writer
-
-
-async def forever(request: web.BaseRequest) -> None:
-    await hang(request)
+from tests.proxy.server.ends import connect, request
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -45,7 +30,7 @@ async def test_leaving_before_the_first_byte_cancels_upstream(proxy: Proxy, stre
 
 
 async def test_leaving_in_mid_stream_cancels_upstream(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
     reader, writer = await connect(proxy, streaming=True)
     await reader.readuntil(b"Hel")
     writer.close()
@@ -111,10 +96,13 @@ class Flood:
             self.last_progress = asyncio.get_running_loop().time()
 
 
-def small_buffers(proxy: Proxy) -> socket.socket:
-    client = socket.socket()
+async def asked_with_a_small_buffer(proxy: Proxy) -> socket.socket:
+    """A call whose answer soon has nowhere to go."""
+    client, loop = socket.socket(), asyncio.get_running_loop()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.setblocking(False)
+    await loop.sock_connect(client, proxy.address)
+    await loop.sock_sendall(client, request(streaming=True))
     return client
 
 
@@ -122,12 +110,7 @@ async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(pr
     proxy.configure(timeouts=TimeoutsConfig(write_stall_s=0.2))
     flood = Flood()
     proxy.upstream.behave = flood
-    with small_buffers(proxy) as client:
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(client, proxy.address)
-        body = BODY % b"true"
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    with await asked_with_a_small_buffer(proxy):
         await asyncio.wait_for(proxy.upstream.aborted.wait(), 3)
         await proxy.settled()
     line = (await proxy.lines())[-1]
@@ -141,12 +124,7 @@ async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(pr
 async def test_a_slow_client_slows_only_its_own_stream(proxy: Proxy) -> None:
     flood = Flood()
     proxy.upstream.behave = flood
-    with small_buffers(proxy) as client:
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(client, proxy.address)
-        body = BODY % b"true"
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        await loop.sock_sendall(client, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    with await asked_with_a_small_buffer(proxy) as client:
         await proxy.upstream.arrived.wait()
         await until_still(flood)
         stalled_at = flood.sent
@@ -154,7 +132,7 @@ async def test_a_slow_client_slows_only_its_own_stream(proxy: Proxy) -> None:
         assert flood.sent == stalled_at
         taken = 0
         while flood.sent == stalled_at:  # taking some lets some more come
-            taken += len(await loop.sock_recv(client, 1 << 20))
+            taken += len(await asyncio.get_running_loop().sock_recv(client, 1 << 20))
         assert taken < 16 << 20
     await proxy.settled()
 

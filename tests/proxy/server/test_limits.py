@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from proxy.config import LimitsConfig, ModelLimitsConfig
-from scheduler.model import RefusalCode
-from tests.fakes import DONE, chunk, hang, plain, stream
+from tests.fakes import plain, stream
+from tests.proxy.server import ends
 from tests.proxy.server.conftest import Proxy
-from tests.proxy.server.test_leaving import connect, forever
 
 LIMITED = LimitsConfig(requests_per_minute=60, tokens_per_minute=60_000, concurrency=1)
 
@@ -118,66 +117,21 @@ async def test_a_call_that_waits_is_counted_once(proxy: Proxy) -> None:
     await proxy.still_works()
 
 
-async def left_while_queued(proxy: Proxy) -> None:
-    proxy.scheduler.base_url = None
-    _, writer = await connect(proxy, streaming=False)
-    await proxy.scheduler.submitted.wait()
-    writer.close()
-
-
-async def left_before_the_first_byte(proxy: Proxy) -> None:
-    proxy.upstream.behave = hang
-    _, writer = await connect(proxy, streaming=True)
-    await proxy.upstream.arrived.wait()
-    writer.close()
-
-
-async def left_in_mid_stream(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
-    reader, writer = await connect(proxy, streaming=True)
-    await reader.readuntil(b"Hel")
-    writer.close()
-
-
-async def refused_by_the_scheduler(proxy: Proxy) -> None:
-    proxy.scheduler.refusal = (RefusalCode.QUEUE_FULL, 1.0)
-    assert (await proxy.chat()).status == 503
-
-
-async def failed_upstream(proxy: Proxy) -> None:
-    proxy.upstream.behave = plain(b"<html>", status=500)
-    assert (await proxy.chat()).status == 502
-
-
 async def refused_upstream(proxy: Proxy) -> None:
     proxy.upstream.behave = plain(b'{"detail":"no"}', status=422)
     assert (await proxy.chat()).status == 422
 
 
-async def broke_off_in_mid_stream(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"))
-    assert b"error" in await (await proxy.chat(stream=True)).read()
-
-
-async def answered(proxy: Proxy) -> None:
-    assert (await proxy.chat()).status == 200
-
-
-async def streamed(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream()
-    assert (await (await proxy.chat(stream=True)).read()).endswith(DONE)
-
-
 ENDS = [
-    left_while_queued,
-    left_before_the_first_byte,
-    left_in_mid_stream,
-    refused_by_the_scheduler,
-    failed_upstream,
+    ends.left_while_queued,
+    ends.left_before_the_first_byte,
+    ends.left_in_mid_stream,
+    ends.refused_by_the_scheduler,
+    ends.failed_upstream,
     refused_upstream,
-    broke_off_in_mid_stream,
-    answered,
-    streamed,
+    ends.broke_off_in_mid_stream,
+    ends.answered,
+    ends.streamed,
 ]
 
 
@@ -185,8 +139,6 @@ ENDS = [
 async def test_however_a_call_ends_its_place_is_free_again(proxy: Proxy, end: Any) -> None:
     proxy.configure(limits=LIMITED)
     await end(proxy)
-    async with asyncio.timeout(2):
-        await proxy.handler.until_idle()
-    meter = proxy.counters.meter("key local")
-    assert meter.in_use == 0
+    await proxy.settled()
+    assert proxy.counters.meter("key local").in_use == 0
     await proxy.still_works()  # the limit is one at once

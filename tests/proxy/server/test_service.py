@@ -6,7 +6,6 @@ import asyncio
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from tests.fakes import DONE, chunk, hang, stream, until
 from tests.proxy.server.conftest import Proxy
@@ -63,10 +62,7 @@ async def test_a_drain_finishes_streams_and_refuses_new_calls(proxy: Proxy) -> N
 
 
 async def test_a_drain_that_takes_too_long_says_so_and_close_tells_the_rest(proxy: Proxy) -> None:
-    async def forever(request: web.BaseRequest) -> None:
-        await hang(request)
-
-    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
     streaming = await proxy.chat(stream=True)
     await streaming.content.readuntil(b"\n\n")
     proxy.upstream.behave = hang

@@ -10,28 +10,12 @@ import pytest
 
 from proxy.accounting import usage
 from proxy.config import LimitsConfig, TimeoutsConfig
-from scheduler.model import RefusalCode
 from tests.fakes import chunk, hang, plain, stream, until
+from tests.proxy.server import ends
 from tests.proxy.server.conftest import Proxy
-from tests.proxy.server.test_leaving import connect, forever
+from tests.proxy.server.ends import connect
 
 FIELDS = set(usage.Row.__struct_fields__)
-
-
-async def answered(proxy: Proxy) -> None:
-    await proxy.chat()
-
-
-async def streamed(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream()
-    await (await proxy.chat(stream=True)).read()
-
-
-async def left_while_queued(proxy: Proxy) -> None:
-    proxy.scheduler.base_url = None
-    _, writer = await connect(proxy, streaming=False)
-    await proxy.scheduler.submitted.wait()
-    writer.close()
 
 
 async def left_while_loading_and_told_so(proxy: Proxy) -> None:
@@ -41,23 +25,9 @@ async def left_while_loading_and_told_so(proxy: Proxy) -> None:
     writer.close()
 
 
-async def left_before_the_first_byte(proxy: Proxy) -> None:
-    proxy.upstream.behave = hang
-    _, writer = await connect(proxy, streaming=False)
-    await proxy.upstream.arrived.wait()
-    writer.close()
-
-
-async def left_in_mid_stream(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
-    reader, writer = await connect(proxy, streaming=True)
-    await reader.readuntil(b"Hel")
-    writer.close()
-
-
 async def took_nothing(proxy: Proxy) -> None:
     proxy.configure(timeouts=TimeoutsConfig(write_stall_s=0.2))
-    proxy.upstream.behave = stream(*[chunk("x" * 50_000)] * 400, then=forever)
+    proxy.upstream.behave = stream(*[chunk("x" * 50_000)] * 400, then=hang)
     _, writer = await connect(proxy, streaming=True)
     await asyncio.wait_for(proxy.upstream.aborted.wait(), 4)
     writer.close()
@@ -68,24 +38,9 @@ async def failed_over(proxy: Proxy) -> None:
     assert (await proxy.chat(model="both")).status == 200
 
 
-async def failed_upstream(proxy: Proxy) -> None:
-    proxy.upstream.behave = plain(b"<html>", status=500)
-    await proxy.chat()
-
-
-async def broke_off_upstream(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"))
-    await (await proxy.chat(stream=True)).read()
-
-
 async def took_too_long(proxy: Proxy) -> None:
     proxy.configure(timeouts=TimeoutsConfig(first_byte_s=0.05))
     proxy.upstream.behave = hang
-    await proxy.chat()
-
-
-async def refused_by_the_scheduler(proxy: Proxy) -> None:
-    proxy.scheduler.refusal = (RefusalCode.QUEUE_FULL, 1.0)
     await proxy.chat()
 
 
@@ -103,18 +58,18 @@ async def no_sense(proxy: Proxy) -> None:
 
 
 ENDS: list[tuple[Callable[[Proxy], Awaitable[None]], dict[str, Any]]] = [
-    (answered, {"status": 200, "error": None, "prompt_tokens": 7, "output_tokens": 2, "model": "demo-chat"}),
-    (streamed, {"status": 200, "error": None, "prompt_tokens": 7, "output_tokens": 2, "stream": True}),
-    (left_while_queued, {"status": 499, "error": "client_left", "prompt_tokens": None, "attempts": 1}),
+    (ends.answered, {"status": 200, "error": None, "prompt_tokens": 7, "output_tokens": 2, "model": "demo-chat"}),
+    (ends.streamed, {"status": 200, "error": None, "prompt_tokens": 7, "output_tokens": 2, "stream": True}),
+    (ends.left_while_queued, {"status": 499, "error": "client_left", "prompt_tokens": None, "attempts": 1}),
     (left_while_loading_and_told_so, {"status": 499, "error": "client_left", "stream": True}),
-    (left_before_the_first_byte, {"status": 499, "error": "client_left", "output_tokens": None}),
-    (left_in_mid_stream, {"status": 499, "error": "client_left", "backend": "local/engines"}),
+    (ends.left_before_the_first_byte, {"status": 499, "error": "client_left", "output_tokens": None}),
+    (ends.left_in_mid_stream, {"status": 499, "error": "client_left", "backend": "local/engines"}),
     (took_nothing, {"status": 499, "error": "client_stalled"}),
     (failed_over, {"status": 200, "error": None, "attempts": 2, "backend": "remote/cloud", "output_tokens": 2}),
-    (failed_upstream, {"status": 502, "error": "upstream_error"}),
-    (broke_off_upstream, {"status": 200, "error": "upstream_error"}),
+    (ends.failed_upstream, {"status": 502, "error": "upstream_error"}),
+    (ends.broke_off_in_mid_stream, {"status": 200, "error": "upstream_error"}),
     (took_too_long, {"status": 504, "error": "upstream_timeout"}),
-    (refused_by_the_scheduler, {"status": 503, "error": "queue_full"}),
+    (ends.refused_by_the_scheduler, {"status": 503, "error": "queue_full"}),
     (refused_by_a_limit, {"status": 400, "error": "max_tokens_above_limit"}),
     (no_such_model, {"status": 404, "error": "model_not_found", "model": ""}),
     (no_sense, {"status": 400, "error": "invalid_request_error"}),
@@ -134,7 +89,7 @@ async def test_however_a_call_ends_it_has_one_row(proxy: Proxy, end: Any, told: 
 
 
 async def test_a_stop_gives_what_is_in_flight_its_row(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=forever)
+    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
     streaming = await proxy.chat(stream=True)
     await streaming.content.readuntil(b"\n\n")
     proxy.upstream.behave = hang
