@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.architecture.tree import ROOT, tracked
+
 PACKAGES = ("proxy", "scheduler", "ext")
 
 
@@ -70,9 +71,10 @@ def imports_of(path: Path) -> list[Import]:
     return list(imports_in(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py"))
 
 
-def sources(package: str) -> list[Path]:
-    """The Python files of a package, `.pyi` included."""
-    return sorted([*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.pyi")])
+def sources(package: str, *suffixes: str) -> list[Path]:
+    """The files of a package that end so; the Python files, `.pyi` included, if nothing is said."""
+    wanted = suffixes or (".py", ".pyi")
+    return [path for path in tracked() if path.suffix in wanted and path.is_relative_to(ROOT / package)]
 
 
 def top(name: str) -> str:

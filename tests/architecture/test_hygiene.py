@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.architecture.tree import ROOT, tracked
+
 # Written in two pieces, so that this file does not find itself.
 MACHINE_PATHS = re.compile("/(?:work|tmp/lab|opt/(?:wheels|pypi))" + r"(?:/|\b)")
 SECRETS = {
@@ -23,14 +22,6 @@ SECRETS = {
 # A registry is the business of whoever installs; a host written down here would be asked behind their back.
 REGISTRIES = re.compile(r"(?:pypi|pythonhosted|download\.pytorch|registry\.npmjs)" + r"\.org\b")
 LARGEST_BYTES = 1 << 20
-
-
-@cache
-def tracked() -> tuple[Path, ...]:
-    """What git tracks, read from the work tree; a scratch file that is not added yet is nobody's business."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
-    paths = (ROOT / name for name in listed.stdout.decode().split("\0") if name)
-    return tuple(path for path in paths if path.is_file())
 
 
 def texts() -> list[tuple[Path, str]]:

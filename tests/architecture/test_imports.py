@@ -28,9 +28,8 @@ OUTSIDE = {"tests", "scripts", "loadtests"}
 SHELLS = {"driver", "handover", "semaphore", "footprint_file"}
 PURE_CORE = sorted(
     str(path.relative_to(ROOT / "scheduler"))
-    for folder in (".", "policies", "eviction")
-    for path in (ROOT / "scheduler" / folder).glob("*.py")
-    if path.stem not in SHELLS
+    for path in sources("scheduler", ".py")
+    if path.parent.name in ("scheduler", "policies", "eviction") and path.stem not in SHELLS
 )
 IMPURE = {
     "asyncio",
@@ -69,7 +68,9 @@ def test_no_import_points_back(package: str) -> None:
 
 def test_native_sources_import_nothing_of_the_rooms_above() -> None:
     back = re.compile(r"^\s*(?:c?import|from)\s+(proxy|scheduler|asyncio|logging)\b", re.MULTILINE)
-    assert [path.name for path in (ROOT / "ext").glob("*.px[yd]") if back.search(path.read_text())] == []
+    native = sources("ext", ".pyx", ".pxd")
+    assert native
+    assert [path.name for path in native if back.search(path.read_text())] == []
 
 
 def test_ext_knows_nothing_of_asyncio_config_or_logging() -> None:
@@ -100,11 +101,10 @@ def test_the_core_is_among_what_is_pure() -> None:
 
 @pytest.mark.parametrize("name", ["keeper", "launcher"])
 def test_keeper_and_launcher_start_with_the_standard_library_alone(name: str) -> None:
-    paths = sorted((ROOT / "scheduler").rglob(f"{name}.py"))
-    assert paths, f"{name}.py has moved: this test must know where"
+    (path,) = (each for each in sources("scheduler") if each.name == f"{name}.py")
     beyond = [
         str(found)
-        for found in all_imports(paths[0])
+        for found in all_imports(path)
         if top(found.imported) not in sys.stdlib_module_names and top(found.imported) not in PACKAGES
     ]
     assert beyond == []
