@@ -19,12 +19,35 @@ import psutil
 
 REPO = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 60.0
+QUESTION = [{"role": "user", "content": "hi"}]
 
 
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def simulated(*models: str, memory: str = "2GiB", devices: str = "") -> str:
+    """The configuration of one simulated device for these models; `devices` are more lines of its section."""
+    head = f"""
+[devices]
+simulated = [{{ name = "sim0", memory = "{memory}" }}]
+{devices}
+
+[[backends]]
+name = "sim"
+kind = "simulated"
+"""
+    return head + "".join(models)
+
+
+def model_table(name: str, *lines: str, memory: str = "900MiB", **engine: float | str) -> str:
+    """A model of it, with these lines too. `engine`: what it simulates, if not a quick load and quick answers."""
+    settings = {"load_s": 0.1, "ttft_ms": 5, "tokens_per_s": 1000} | engine
+    inline = ", ".join(f"{key} = {json.dumps(value)}" for key, value in settings.items())
+    table = [f'id = "{name}"', 'backend = "sim"', f'memory_bytes = "{memory}"', *lines, f"simulated = {{ {inline} }}"]
+    return "\n".join(["", "[[models]]", *table, ""])
 
 
 class Served:
@@ -101,6 +124,11 @@ class Served:
         )
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.loads(answer.read())
+
+    def chat(self, model: str, headers: dict[str, str] | None = None, **more: object) -> Any:
+        """A short answer."""
+        body = {"model": model, "messages": QUESTION, "max_tokens": 5, **more}
+        return self.ask("/v1/chat/completions", body, headers)
 
     def operate(self, model: str, action: str) -> dict[str, Any]:
         """load or unload; the last line of the progress."""

@@ -6,41 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Served
+from tests.e2e.harness import Served, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
-CONFIG = """
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-
-[[backends]]
-name = "sim"
-kind = "simulated"
-
-[[models]]
-id = "planner"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "coder"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "large"
-backend = "sim"
-memory_bytes = "1900MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
-"""
+CONFIG = simulated(
+    model_table("planner", load_s=0.2),
+    model_table("coder", load_s=0.2),
+    model_table("large", memory="1900MiB"),
+)
 
 
 def ask(served: Served, model: str, session: str) -> None:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-    served.ask("/v1/chat/completions", body, {"x-vramp-session": session})
+    served.chat(model, {"x-vramp-session": session})
 
 
 def test_the_coder_is_loaded_while_its_session_still_plans(tmp_path: Path) -> None:

@@ -16,45 +16,30 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.e2e.harness import Served
+from tests.e2e.harness import Served, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(90)]
 
+# a model for each point, which its first request reaches and stays at for half a second or more
+POINTS = {
+    "queued": model_table("queued", "max_sequences = 1", memory="1GiB", ttft_ms=500),
+    "loading": model_table("loading", memory="1GiB", load_s=0.6),
+    "before-the-answer": model_table("before-the-answer", memory="1GiB", ttft_ms=500),
+    "mid-stream": model_table("mid-stream", memory="1GiB", tokens_per_s=20),
+}
 CONFIG = """
 [server]
 fast_lane = {fast}
 drain_s = 8
 
-[devices]
-simulated = [{{ name = "sim0", memory = "8GiB" }}]
-
 [observe]
 access_log = "access.log"
-
-[[backends]]
-name = "sim"
-kind = "simulated"
 """
-MODEL = """
-[[models]]
-id = "{id}"
-backend = "sim"
-memory_bytes = "1GiB"
-max_sequences = {sequences}
-simulated = {{ load_s = {load_s}, ttft_ms = {ttft_ms}, tokens_per_s = {tokens_per_s} }}
-"""
-# a model for each point, which its first request reaches and stays at for half a second or more
-POINTS = {
-    "queued": MODEL.format(id="queued", sequences=1, load_s=0.1, ttft_ms=500, tokens_per_s=1000),
-    "loading": MODEL.format(id="loading", sequences=4, load_s=0.6, ttft_ms=5, tokens_per_s=1000),
-    "before-the-answer": MODEL.format(id="before-the-answer", sequences=4, load_s=0.1, ttft_ms=500, tokens_per_s=1000),
-    "mid-stream": MODEL.format(id="mid-stream", sequences=4, load_s=0.1, ttft_ms=5, tokens_per_s=20),
-}
 LANES = ("fast", "ordinary")
 
 
 def configured(folder: Path, lane: str) -> Path:
-    text = CONFIG.format(fast="true" if lane == "fast" else "false") + "".join(POINTS.values())
+    text = CONFIG.format(fast="true" if lane == "fast" else "false") + simulated(*POINTS.values(), memory="8GiB")
     (folder / "vramp.toml").write_text(text, encoding="utf-8")
     return folder / "vramp.toml"
 

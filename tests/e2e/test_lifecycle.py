@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Served
+from tests.e2e.harness import Served, model_table, simulated
 from tests.proxy.test_tls import make_pair
 from tests.scheduler.engines.keeper_rig import passed_by_systemd
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
-CONFIG = """
+CONFIG = f"""
 [server]
 hang_limit_s = 3
-
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-
-[[backends]]
-name = "sim"
-kind = "simulated"
-
-[[models]]
-id = "a"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
+{simulated(model_table("a"))}
 """
-QUESTION = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
@@ -43,8 +29,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def chat(served: Served) -> str:
-    answer = served.ask("/v1/chat/completions", {"model": "a", "messages": QUESTION, "max_tokens": 5})
-    return str(answer["model"])
+    return str(served.chat("a")["model"])
 
 
 def test_a_proxy_that_hangs_says_where_and_another_serves_with_its_engines(config: Path) -> None:
@@ -79,9 +64,7 @@ def test_a_reload_that_would_leave_an_open_port_without_keys_is_refused(config: 
         with Served(config, config.parent, before=before, passed=passed, ports=_ports(http, admin)) as served:
             config.write_text(CONFIG)
             served.wait(lambda: "open to others, and server.api_keys is empty" in served.tail(), "it was not refused")
-            key = {"Authorization": "Bearer k"}
-            body = {"model": "a", "messages": QUESTION, "max_tokens": 5}
-            assert json.dumps(served.ask("/v1/chat/completions", body, key))
+            assert served.chat("a", {"Authorization": "Bearer k"})["model"] == "a"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -20,68 +20,20 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.harness import REPO, Served
+from tests.e2e.harness import QUESTION, REPO, Served, model_table, simulated
 
 # the limit is for a busy machine: starting a keeper, a proxy and an engine takes a second or two on an idle one
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
-CONFIG = """
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-
+SCRIPTS = """
 [timeouts]
 idle_s = 1
 first_byte_s = 2
 
 [[backends]]
-name = "sim"
-kind = "simulated"
-
-[[backends]]
 name = "scripts"
 kind = "command"
 device = "simulated"
-
-[[models]]
-id = "a"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "b"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "slow-to-load"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 1.6, ttft_ms = 5, tokens_per_s = 40 }
-
-[[models]]
-id = "crashes"
-backend = "sim"
-memory_bytes = "100MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 200, fault = "crash", fault_after = 1 }
-
-[[models]]
-id = "hangs"
-backend = "sim"
-memory_bytes = "100MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, fault = "hang" }
-
-[[models]]
-id = "talks-garbage"
-backend = "sim"
-memory_bytes = "100MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, fault = "garbage" }
-
-[[models]]
-id = "huge"
-backend = "sim"
-memory_bytes = "1900MiB"
 
 [[models]]
 id = "script"
@@ -97,8 +49,15 @@ backend = "scripts"
 memory_bytes = "100MiB"
 command = ["/nonexistent/engine", "--port", "${PORT}"]
 """.replace("PYTHON", json.dumps(sys.executable))
-
-QUESTION = [{"role": "user", "content": "hi"}]
+CONFIG = SCRIPTS + simulated(
+    model_table("a", load_s=0.2),
+    model_table("b", load_s=0.2),
+    model_table("slow-to-load", load_s=1.6, tokens_per_s=40),
+    model_table("crashes", memory="100MiB", tokens_per_s=200, fault="crash", fault_after=1),
+    model_table("hangs", memory="100MiB", fault="hang"),
+    model_table("talks-garbage", memory="100MiB", fault="garbage"),
+    model_table("huge", memory="1900MiB"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +69,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def chat(served: Served, model: str, **more: Any) -> Any:
-    return served.ask("/v1/chat/completions", {"model": model, "messages": QUESTION, "max_tokens": 5, **more})
+    return served.chat(model, **more)
 
 
 def refusal(served: Served, model: str, **more: Any) -> tuple[int, dict[str, Any]]:

@@ -8,41 +8,29 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.harness import Served
+from tests.e2e.harness import Served, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
-CONFIG = """
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-sleep_memory = "4GiB"
-
-[[backends]]
-name = "sim"
-kind = "simulated"
-"""
-MODEL = """
-[[models]]
-id = "{id}"
-backend = "sim"
-memory_bytes = "1200MiB"
-simulated = {{ load_s = 0.2, ttft_ms = 5, tokens_per_s = 1000, fault = "{fault}", fault_after = 1000 }}
-"""
+CONFIG = simulated(
+    *(
+        model_table(name, memory="1200MiB", load_s=0.2, fault=fault, fault_after=1000)
+        for name, fault in (("a", "none"), ("b", "none"), ("broken", "corrupt"))
+    ),
+    devices='sleep_memory = "4GiB"',
+)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     state = tmp_path_factory.mktemp("sleep")
-    models = {"a": "none", "b": "none", "broken": "corrupt"}
-    text = CONFIG + "".join(MODEL.format(id=name, fault=fault) for name, fault in models.items())
-    (state / "vramp.toml").write_text(text, encoding="utf-8")
+    (state / "vramp.toml").write_text(CONFIG)
     with Served(state / "vramp.toml", state) as running:
         yield running
 
 
 def ask(served: Served, model: str) -> str:
-    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
-    return str(served.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"])
+    return str(served.chat(model)["choices"][0]["message"]["content"])
 
 
 def engine_of(served: Served, model: str) -> tuple[str, str | None]:

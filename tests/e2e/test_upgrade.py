@@ -13,38 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.harness import Served
+from tests.e2e.harness import QUESTION, Served, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(120)]
 
-CONFIG = """
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-
-[[backends]]
-name = "sim"
-kind = "simulated"
-
-[[models]]
-id = "a"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 200 }
-
-[[models]]
-id = "b"
-backend = "sim"
-memory_bytes = "900MiB"
-max_sequences = 2
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 200 }
-
-[[models]]
-id = "slow-to-load"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 3.0, ttft_ms = 5, tokens_per_s = 200 }
-"""
-QUESTION = [{"role": "user", "content": "hi"}]
+CONFIG = simulated(
+    model_table("a", tokens_per_s=200),
+    model_table("b", "max_sequences = 2", tokens_per_s=200),
+    model_table("slow-to-load", load_s=3.0, tokens_per_s=200),
+)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.harness import REPO, Served
+from tests.e2e.harness import QUESTION, REPO, Served, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60), pytest.mark.native]
 
@@ -36,36 +36,13 @@ requests_per_minute = 7
 [limits.keys."api_keys[2]"]
 concurrency = 1
 
-[devices]
-simulated = [{ name = "sim0", memory = "2GiB" }]
-
 [observe]
 access_log = "access.log"
-
-[[backends]]
-name = "sim"
-kind = "simulated"
-
-[[models]]
-id = "a"
-backend = "sim"
-memory_bytes = "900MiB"
-max_sequences = 40
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "b"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 1000 }
-
-[[models]]
-id = "c"
-backend = "sim"
-memory_bytes = "900MiB"
-simulated = { load_s = 0.1, ttft_ms = 5, tokens_per_s = 50 }
-"""
-QUESTION = [{"role": "user", "content": "hi"}]
+""" + simulated(
+    model_table("a", "max_sequences = 40"),
+    model_table("b"),
+    model_table("c", tokens_per_s=50),
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +58,7 @@ def key(name: str) -> dict[str, str]:
 
 
 def chat(served: Served, model: str = "a", who: str = "many", **more: Any) -> Any:
-    body = {"model": model, "messages": QUESTION, "max_tokens": 5, **more}
-    return served.ask("/v1/chat/completions", body, key(who))
+    return served.chat(model, key(who), **more)
 
 
 def refusal(served: Served, who: str) -> int:

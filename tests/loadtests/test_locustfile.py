@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import REPO, Served, free_port
+from tests.e2e.harness import REPO, Served, free_port, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
 
@@ -29,13 +29,13 @@ def test_where_nothing_listens_one_line_says_what_to_do() -> None:
 
 def test_every_scenario_runs_without_a_failure(tmp_path: Path) -> None:
     config = tmp_path / "two.toml"
+    pace = {"ttft_ms": 20, "tokens_per_s": 500}
     config.write_text(
-        '[devices]\nnvidia = false\n[[devices.simulated]]\nname = "sim"\nmemory = "1GiB"\n'
-        '[[backends]]\nname = "local"\nkind = "simulated"\n'
-        + "".join(
-            f'[[models]]\nid = "{name}"\nbackend = "local"\ntask = "{task}"\nmemory_bytes = "600MiB"\n'
-            "simulated = { load_s = 0.1, ttft_ms = 20, tokens_per_s = 500 }\n"
-            for name, task in (("talks", "generate"), ("counts", "embed"))
+        simulated(
+            model_table("talks", memory="600MiB", **pace),
+            model_table("counts", 'task = "embed"', memory="600MiB", **pace),
+            memory="1GiB",
+            devices="nvidia = false",
         )
     )
     with Served(config, tmp_path) as vramp:

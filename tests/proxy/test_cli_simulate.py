@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from proxy.cli import main
+from tests.e2e.harness import model_table, simulated
 
 ROWS = "".join(f"{0.5 * i},{'abc'[i * i % 3]},10,60\n" for i in range(60))
 FIELDS = {
@@ -81,23 +82,11 @@ def test_a_bad_row_names_file_line_and_column(tmp_path: Path) -> None:
     assert "bad.csv, line 2, column output_tokens: 'many' is not a whole number" in result.output
 
 
-CONFIG = """
-[devices]
-simulated = [{ name = "sim0", memory = "6GiB" }]
-[[backends]]
-name = "sim"
-kind = "simulated"
-[[models]]
-id = "a"
-backend = "sim"
-memory_bytes = "4GiB"
-simulated = { load_s = 30 }
-[[models]]
-id = "b"
-backend = "sim"
-memory_bytes = "4GiB"
-simulated = { load_s = 30 }
-"""
+CONFIG = simulated(
+    model_table("a", memory="4GiB", load_s=30),
+    model_table("b", memory="4GiB", load_s=30),
+    memory="6GiB",
+)
 
 
 def test_plan_says_what_one_more_device_would_do(tmp_path: Path) -> None:
