@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NAMES = ("weighted_semaphore", "fair_queue", "backlog", "sse", "rate_counters", "body_scan", "json_lines", "relay")
+PARTS = ("tls",)  # of those, without a twin of their own
 # No fused multiply-add: the twins must agree to the last bit on every machine.
 FLAGS = [] if sys.platform == "win32" else ["-O3", "-std=c++17", "-ffp-contract=off"]
 
@@ -48,7 +49,7 @@ def extensions() -> list[Extension]:
             depends=["ext/_text.h"],
             extra_compile_args=FLAGS,
         )
-        for name in NAMES
+        for name in (*NAMES, *PARTS)
     ]
     generated = cythonize(modules, build_dir="build/cython", compiler_directives={"language_level": "3"})
     for each in generated:

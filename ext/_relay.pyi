@@ -1,6 +1,7 @@
 """The protocol between the relay and Python. Theory: `_relay.pyx`. Spans are in seconds."""
 
 from collections.abc import Callable, Iterable
+from ssl import SSLContext
 from typing import Any, Protocol
 
 from ext.body_scan import Spans
@@ -39,9 +40,14 @@ class Owner(Protocol):
         """Called in an `except` block: an error of ours ended this exchange and its connections."""
 
 class Pool:
-    """The idle connections to one numeric address."""
+    """The idle connections to one numeric address.
 
-    def __init__(self, host: str, port: int, keepalive_s: float) -> None: ...
+    With a `tls` context they speak TLS to it, and its certificate is to be for `name`.
+    """
+
+    def __init__(
+        self, host: str, port: int, keepalive_s: float, tls: SSLContext | None = None, name: str = ""
+    ) -> None: ...
     @property
     def host(self) -> str: ...
     @property

@@ -24,7 +24,7 @@ Its twin is the ordinary lane of the proxy's server. The protocol with Python is
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.errno cimport EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, ENOTCONN, errno
+from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
@@ -33,6 +33,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from ext._body_scan cimport Places, scan_into, spans_of
+from ext._tls cimport RECORD, Tls
 
 cdef extern from *:
     """
@@ -86,6 +87,7 @@ cdef extern from *:
         if (connect(fd, a, n) < 0 && errno != EINPROGRESS) { int e = errno; close(fd); errno = e; return -1; }
         return fd;
     }
+    static inline int vr_failed(int why) { errno = why; return -1; }
     static int vr_error(int fd) {
         int e = 0; socklen_t n = sizeof e;
         return getsockopt(fd, SOL_SOCKET, SO_ERROR, &e, &n) < 0 ? errno : e;
@@ -127,6 +129,7 @@ cdef extern from *:
     int vr_watch(int ep, int op, int fd, unsigned events, void* tag) noexcept nogil
     int vr_accept(int listener, char* text, int size) noexcept nogil
     int vr_connect(const char* host, int port) noexcept nogil
+    int vr_failed(int why) noexcept nogil
     int vr_error(int fd) noexcept nogil
     ssize_t vr_send(int fd, iovec* parts, int count) noexcept nogil
     bint vr_token(unsigned char c) noexcept nogil
@@ -171,6 +174,7 @@ cdef enum:
     MOST_SPARE = 64  # larger buffers, of SCRATCH bytes, that the relay keeps for the next large requests
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
+    SEALED = 32 << 10  # so much is read over TLS at once, and twice of it written: TLS's buffers keep their size
     NAME = 40  # longer header names are none of ours
     MOST_NAMES = 64
 
@@ -318,17 +322,20 @@ cdef str _text(const char* at, size_t size):
 
 
 cdef class Pool:
-    """The idle connections to one address, the latest used first."""
+    """The idle connections to one address, the latest used first. With a `tls` context they speak TLS to `name`."""
 
     cdef readonly str host
     cdef readonly int port
     cdef bytes _host
     cdef long long _keep
     cdef list _idle
+    cdef object _tls, _session
+    cdef str _name
 
-    def __cinit__(self, str host not None, int port, double keepalive_s):
+    def __cinit__(self, str host not None, int port, double keepalive_s, tls=None, str name not None=""):
         self.host, self.port = host, port
         self._host = host.encode("ascii")
+        self._tls, self._name = tls, name
         self._keep = <long long>(keepalive_s * SECOND)
         self._idle = []
 
@@ -358,6 +365,7 @@ cdef class Conn:
     cdef int _fd
     cdef unsigned _mask
     cdef bint _closed, _said
+    cdef Tls _tls  # None where bytes go as they are; what `_out` holds is sealed
     cdef char* _out
     cdef size_t _out_off, _out_len, _out_cap
     cdef long long _deadline, _due
@@ -406,6 +414,8 @@ cdef class Conn:
             return 0
         self._closed = True
         if close_it:
+            if self._tls is not None:
+                self._part()
             epoll_close(self._fd)
         else:
             self._watch(0)
@@ -437,7 +447,10 @@ cdef class Conn:
 
     cdef bint _send_now(self, iovec* parts, int count) except? False:
         """Send, keeping what the socket does not take; False when the connection is dead."""
-        cdef ssize_t taken = vr_send(self._fd, parts, count)
+        cdef ssize_t taken
+        if self._tls is not None:
+            return self._seal(parts, count)
+        taken = vr_send(self._fd, parts, count)
         if taken < 0 and not _blocked():
             return False
         self._keep(parts, count, taken if taken > 0 else 0)
@@ -457,6 +470,85 @@ cdef class Conn:
             self._out_len += rest
             taken = 0
         return 0
+
+    # ---- TLS
+
+    cdef bint _seal(self, iovec* parts, int count) except? False:
+        """`_send_now` over TLS, in records as large as they may be: each costs as much as a few hundred bytes."""
+        cdef char record[RECORD]
+        cdef size_t held = 0, sealed = 0, at, more
+        cdef int i
+        for i in range(count):
+            at = 0
+            while at < parts[i].iov_len:
+                more = min(parts[i].iov_len - at, RECORD - held)
+                memcpy(record + held, <char*>parts[i].iov_base + at, more)
+                held += more
+                at += more
+                if held == RECORD:
+                    if not self._tls.write(record, held):
+                        return False
+                    sealed += held
+                    held = 0
+                    if sealed % (2 * SEALED) == 0 and not self._send_sealed():
+                        return False
+        if held and not self._tls.write(record, held):
+            return False
+        return self._send_sealed()
+
+    cdef bint _send_sealed(self) except? False:
+        """Send what TLS has to say, behind what waits; False when the connection is dead."""
+        cdef bytes sealed = self._tls.said()
+        cdef iovec part
+        cdef ssize_t taken = 0
+        part.iov_base = PyBytes_AS_STRING(sealed)
+        part.iov_len = PyBytes_GET_SIZE(sealed)
+        if part.iov_len and self._out_len == 0:
+            taken = vr_send(self._fd, &part, 1)
+            if taken < 0 and not _blocked():
+                return False
+        self._keep(&part, 1, taken if taken > 0 else 0)
+        return True
+
+    cdef ssize_t _take_sealed(self) except? -1:
+        """Give TLS what the peer has sent; as `recv` answers."""
+        cdef ssize_t size = recv(self._fd, self._relay._scratch, SEALED, 0)
+        if size > 0:
+            self._tls.take(self._relay._scratch, size)
+        return size
+
+    cdef ssize_t _plain(self, char* to, size_t room) except? -1:
+        """As `recv` answers, in plain text: all that has come, for what TLS keeps does not make the socket readable.
+        An end that TLS was not told of is ECONNRESET."""
+        cdef ssize_t size
+        if self._tls is None:
+            return recv(self._fd, to, room, 0)
+        size = self._take_sealed()
+        if size > 0:
+            size = self._tls.read(to, room)
+            self._send_sealed()  # an alert, or new keys
+            if self._out_len:
+                self._say()
+            if size > 0:
+                return size
+            if not self._ended():
+                return vr_failed(EAGAIN)
+        elif size < 0:
+            return -1
+        return 0 if self._tls.ended else vr_failed(ECONNRESET)
+
+    cdef inline bint _ended(self):
+        """Whether TLS has heard the last of the peer."""
+        return self._tls is not None and (self._tls.ended or self._tls.words is not None)
+
+    cdef int _part(self) except -1:
+        """Tell the peer that this is an end, and no cut, if that can be said."""
+        if self._out_len == 0:
+            self._tls.part()
+            self._send_sealed()
+        return 0
+
+    # ---- the end of a turn
 
     cdef int _say(self) except -1:
         """Let the turn end with a look at what is to be sent here."""
@@ -895,7 +987,7 @@ cdef class Client(Conn):
             up._pool = self._pool
             up._connecting = True
             up._open(self._relay, fd, EPOLLIN | EPOLLOUT)
-            up._limit_at(self._relay._now + self._limits.connect)
+            up._limit_at(self._relay._now + self._limits.connect)  # for the handshake of TLS, too
         self._up = up
         up._client = self
         return up._ask()
@@ -1120,7 +1212,8 @@ cdef class Upstream(Conn):
         if self._client is None:
             self._forget()
             return self._drop(True)
-        return self._client._fail(K_UNREACHABLE, "it did not accept a connection in time ([timeouts] connect_s)")
+        did = "accept a connection" if self._tls is None else "finish the TLS handshake"
+        return self._client._fail(K_UNREACHABLE, f"it did not {did} in time ([timeouts] connect_s)")
 
     cdef int _forget(self) except -1:
         if self in self._pool._idle:
@@ -1179,7 +1272,7 @@ cdef class Upstream(Conn):
 
     cdef int _flushed(self, int state) except -1:
         if state < 0:
-            return self._broken("the connection was closed")
+            return self._broken(self._cause())
         if self._mask and not self._connecting:
             self._watch(EPOLLIN if state else EPOLLIN | EPOLLOUT)
         return 0
@@ -1187,18 +1280,10 @@ cdef class Upstream(Conn):
     # ---- the answer
 
     cdef int _ready(self, unsigned events) except -1:
-        cdef int number
-        if self._connecting:
-            number = vr_error(self._fd)
-            if number:
-                if self._client is not None:
-                    return self._client._fail(K_UNREACHABLE, _why_not(number))
-                return self._drop(True)
-            if not events & EPOLLOUT:
-                return 0
-            self._connecting = False
-            self._limit_at(NEVER)
-        if events & EPOLLOUT:
+        cdef bint just = self._connecting
+        if just and not self._connected(events):
+            return 0
+        if just or events & EPOLLOUT:
             self._flushed(self._flush())
             if self._closed:
                 return 0
@@ -1206,9 +1291,49 @@ cdef class Upstream(Conn):
             return self._readable()
         return 0
 
+    cdef bint _connected(self, unsigned events) except -1:
+        """Go on connecting; True once the connection can be used."""
+        cdef int state
+        if self._tls is None:
+            state = vr_error(self._fd)
+            if state:
+                self._unreachable(_why_not(state))
+                return False
+            if not events & EPOLLOUT:
+                return False
+            if self._pool._tls is not None:
+                self._tls = Tls(self._pool._tls, self._pool._name, self._pool._session)
+        if self._tls is not None and not self._shaken():
+            return False
+        self._connecting = False
+        self._limit_at(NEVER)
+        return True
+
+    cdef bint _shaken(self) except -1:
+        """Go on with the handshake of TLS; True once it is done. Our last words of it go with the request."""
+        cdef ssize_t size = self._take_sealed()
+        cdef int state
+        if size == 0 or (size < 0 and not _blocked() and errno != EINTR):
+            words = _why_not(errno) if size else "the connection was closed"
+            self._unreachable(f"the TLS handshake broke off: {words}")
+            return False
+        state = self._tls.shake()
+        if state == 1:
+            return True
+        self._send_sealed()
+        if state < 0:
+            self._unreachable(self._tls.words)
+        else:
+            self._watch(EPOLLIN if Conn._flush(self) else EPOLLIN | EPOLLOUT)
+        return False
+
+    cdef int _unreachable(self, str words) except -1:
+        """There is no connection."""
+        return self._drop(True) if self._client is None else self._client._fail(K_UNREACHABLE, words)
+
     cdef int _readable(self) except -1:
         cdef char* scratch = self._relay._scratch
-        cdef ssize_t size = recv(self._fd, scratch, SCRATCH, 0)
+        cdef ssize_t size = self._plain(scratch, SCRATCH)
         if size < 0 and (errno == EAGAIN or errno == EINTR):
             return 0
         if size <= 0:
@@ -1217,8 +1342,12 @@ cdef class Upstream(Conn):
             self._forget()
             return self._drop(True)
         if self._framing == HEAD:
-            return self._read_head(scratch, size)
-        return self._read_body(scratch, size)
+            self._read_head(scratch, size)
+        else:
+            self._read_body(scratch, size)
+        if self._ended() and not self._closed:
+            self._closed_by_peer(self._tls.ended)
+        return 0
 
     cdef int _closed_by_peer(self, bint orderly) except -1:
         if self._client is None:
@@ -1227,7 +1356,13 @@ cdef class Upstream(Conn):
         if self._framing == UNTIL_CLOSE and orderly:
             self._framing = COMPLETE
             return self._client._payload(NULL, 0, True)
-        return self._broken("the connection was closed")
+        return self._broken(self._cause())
+
+    cdef str _cause(self):
+        """Why a connection is dead."""
+        if self._tls is None or self._tls.ended:
+            return "the connection was closed"
+        return self._tls.words or "the connection was closed, and TLS was not: somebody may have cut it"
 
     cdef int _broken(self, str words) except -1:
         """The connection is dead. One that was idle before, and died before any answer, may not have seen the request:
@@ -1475,6 +1610,8 @@ cdef class Upstream(Conn):
         self._client = None
         if not self._reusable or self._out_len or self._relay._closing or self._pool._keep <= 0:
             return self._drop(True)
+        if self._tls is not None and not self._reused:
+            self._pool._session = self._tls.session()
         self._watch(EPOLLIN)
         self._pool._idle.append(self)
         self._limit_at(self._relay._now + self._pool._keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
@@ -42,7 +43,8 @@ STREAM = chunk("Hel") + chunk("lo.") + chunk(None, "stop") + USAGE_CHUNK + DONE
 class FakeUpstream:
     """A server on a free port. `behave` answers; every request is kept, and every abort by the proxy is seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.behave: Behaviour = plain()
         self.arrived = asyncio.Event()
@@ -55,8 +57,8 @@ class FakeUpstream:
 
     async def __aenter__(self) -> FakeUpstream:
         self._protocol = web.Server(self._handle, handler_cancellation=True)
-        self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0)
-        self.base_url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.get_running_loop().create_server(self._protocol, "127.0.0.1", 0, ssl=self._tls)
+        self.base_url = f"{'https' if self._tls else 'http'}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *exc: object) -> None:

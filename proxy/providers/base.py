@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
 
 
 class Straight(msgspec.Struct, frozen=True):
-    """Where a request goes over plain TCP. `head` lacks the content length, what is forwarded, and the empty line."""
+    """Where a request goes over a socket. `head` lacks the content length, what is forwarded, and the empty line.
+
+    `tls` is None for plain TCP; else the certificate there is to be for `host`.
+    """
 
     host: str
     port: int
     head: bytes
     keepalive_s: float
+    tls: ssl.SSLContext | None = None
 
 
 class Upstream(Protocol):
@@ -61,7 +66,7 @@ class Provider(Protocol):
         ...
 
     def straight(self, path: str, base_url: str | None = None) -> Straight | None:
-        """How to POST there over plain TCP; None where that cannot be."""
+        """How to POST there over a socket of one's own; None where that cannot be."""
         ...
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ stays aiohttp's: names, TLS, kept connections, and the parser.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
@@ -16,6 +17,7 @@ from aiohttp.http import RawResponseMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from ext import tls_words
 from proxy.providers.base import Broken, Unreachable
 
 JOINED = 1 << 14  # a body up to this size is copied behind its head: cheaper than to send two buffers
@@ -44,9 +46,12 @@ def lines_of(headers: Mapping[str, str]) -> bytes:
 class Connections:
     """One backend's. Make it on the running loop."""
 
-    def __init__(self, backend: str, *, connect_s: float, keepalive_s: float) -> None:
+    def __init__(
+        self, backend: str, *, connect_s: float, keepalive_s: float, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """`tls`: for https; where there is none, it is aiohttp's own."""
         self._backend = backend
-        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_s)
+        self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_s, ssl=tls or True)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
 
     async def post(self, to: Destination, lines: bytes, body: bytes) -> HttpUpstream:
@@ -136,4 +141,6 @@ class HttpUpstream:
 
 def why(error: Exception) -> str:
     """An error in words."""
+    if isinstance(error.__cause__, ssl.SSLError):
+        return tls_words.why(error.__cause__)
     return str(error) or type(error).__name__

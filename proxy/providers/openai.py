@@ -16,6 +16,7 @@ from proxy.config import LOCAL_KINDS, BackendConfig, Secret
 from proxy.providers.base import Broken, Straight
 from proxy.providers.connections import Connections, Destination, HttpUpstream, lines_of
 from proxy.providers.slots import Slots
+from proxy.providers.tls import upstream_tls
 
 # uvicorn, which serves vLLM, closes an idle connection after 5 s: leave before it does, or race with its FIN.
 ENGINE_KEEPALIVE_S = 4.0
@@ -41,7 +42,9 @@ class OpenAIProvider:
         most = backend.max_connections
         self.slots = Slots(backend.name, most, most * WAITERS_PER_CONNECTION) if remote else None
         self.keepalive_s = backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
-        self._connections = Connections(backend.name, connect_s=connect_s, keepalive_s=self.keepalive_s)
+        https = self._base_url is not None and self._base_url.lower().startswith("https:")
+        tls = upstream_tls() if https else None
+        self._connections = Connections(backend.name, connect_s=connect_s, keepalive_s=self.keepalive_s, tls=tls)
         self._destinations: dict[tuple[str, str | None], Destination] = {}
 
     def send(self, path: str, body: bytes, headers: Mapping[str, str], *, base_url: str | None = None) -> Sending:
@@ -49,11 +52,12 @@ class OpenAIProvider:
         return Sending(self, self._destination(path, base_url), body, lines_of(headers) if headers else b"")
 
     def straight(self, path: str, base_url: str | None = None) -> Straight | None:
-        """How to POST there without these connections; None where that takes TLS."""
+        """How to POST there without these connections."""
         to = self._destination(path, base_url)
-        if to.url.scheme != "http" or to.url.host is None or to.url.port is None:
+        if to.url.host is None or to.url.port is None:
             return None
-        return Straight(to.url.host, to.url.port, to.head, self.keepalive_s)
+        tls = upstream_tls() if to.url.scheme == "https" else None
+        return Straight(to.url.host, to.url.port, to.head, self.keepalive_s, tls)
 
     async def close(self) -> None:
         """Close all connections; what is in flight breaks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 
 import msgspec
 
@@ -72,7 +73,7 @@ class Targets:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._addresses = Addresses(loop)
-        self._pools: dict[tuple[str, int, float], Pool] = {}
+        self._pools: dict[tuple[str, int, float, ssl.SSLContext | None, str], Pool] = {}
         self._made: dict[tuple[Provider, str, str | None], Target | None] = {}
 
     def find(self, provider: Provider, path: str, base_url: str | None) -> Target | None:
@@ -106,10 +107,12 @@ class Targets:
         return Target(straight, pool)
 
     def _pool(self, address: str, straight: Straight) -> Pool:
-        key = (address, straight.port, straight.keepalive_s)
+        # Two names at one address are two servers to TLS: what the one's certificate allows is not said to the other.
+        name = "" if straight.tls is None else straight.host.rstrip(".")
+        key = (address, straight.port, straight.keepalive_s, straight.tls, name)
         pool = self._pools.get(key)
         if pool is None:
             if len(self._pools) >= MOST:
                 self._pools = {each: kept for each, kept in self._pools.items() if kept.idle}
-            pool = self._pools[key] = Pool(address, straight.port, straight.keepalive_s)
+            pool = self._pools[key] = Pool(*key)
         return pool

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -24,29 +22,10 @@ from proxy.config_secrets import ResolvedSecrets
 from proxy.observe.metrics import Metrics
 from proxy.server.serving import Serving
 from proxy.tls import Tls, tls_problems, tls_warnings, validity
+from tests.certificates import Pair, make_pair
 from tests.fakes import FakeScheduler
 
 SOON = datetime.now(UTC) + timedelta(hours=1)  # when what is made here is valid
-
-
-class Pair(NamedTuple):
-    cert: Path
-    key: Path
-
-    def server(self, **other: Any) -> ServerConfig:
-        return ServerConfig(tls_cert=str(self.cert), tls_key=str(self.key), **other)
-
-
-def make_pair(folder: Path, *options: str) -> Pair:
-    """A certificate for localhost, made here: one day long, signed by itself."""
-    pair = Pair(folder / "cert.pem", folder / "key.pem")
-    folder.mkdir(exist_ok=True)
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "1"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command += ["-out", str(pair.cert), "-keyout", str(pair.key), *(options or ("-noenc",))]
-    subprocess.run(command, check=True, capture_output=True)
-    pair.key.chmod(0o600)
-    return pair
 
 
 @pytest.fixture(scope="module")
