@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import aiohttp
+
 from scheduler.model import RefusalCode
-from tests.fakes import DONE, chunk, hang, plain, stream
+from tests.fakes import DONE, chunk, hang, plain, stream, until
 from tests.proxy.server.conftest import Proxy
 
 
@@ -22,6 +24,17 @@ async def connect(proxy: Proxy, *, streaming: bool) -> tuple[asyncio.StreamReade
     reader, writer = await asyncio.open_connection(*proxy.address)
     writer.write(request(streaming=streaming))
     return reader, writer
+
+
+async def both_kinds_in_flight(proxy: Proxy) -> tuple[aiohttp.ClientResponse, asyncio.Task[aiohttp.ClientResponse]]:
+    """A stream that has begun, and a call whose answer has not."""
+    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
+    streaming = await proxy.chat(stream=True)
+    await streaming.content.readuntil(b"\n\n")
+    proxy.upstream.behave = hang
+    waiting = asyncio.create_task(proxy.chat())
+    await until(lambda: len(proxy.upstream.requests) == 2)
+    return streaming, waiting
 
 
 async def answered(proxy: Proxy) -> None:

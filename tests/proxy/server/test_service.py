@@ -7,8 +7,9 @@ import asyncio
 import aiohttp
 import pytest
 
-from tests.fakes import DONE, chunk, hang, stream, until
+from tests.fakes import DONE, chunk, stream, until
 from tests.proxy.server.conftest import Proxy
+from tests.proxy.server.ends import both_kinds_in_flight
 
 
 async def test_models_are_listed_in_openais_shape_with_our_profile(proxy: Proxy) -> None:
@@ -62,16 +63,11 @@ async def test_a_drain_finishes_streams_and_refuses_new_calls(proxy: Proxy) -> N
 
 
 async def test_a_drain_that_takes_too_long_says_so_and_close_tells_the_rest(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
-    streaming = await proxy.chat(stream=True)
-    await streaming.content.readuntil(b"\n\n")
-    proxy.upstream.behave = hang
-    plain = asyncio.create_task(proxy.chat())
-    await until(lambda: len(proxy.upstream.requests) == 2)
+    streaming, waiting = await both_kinds_in_flight(proxy)
     assert not await proxy.server.drain(0.05)
     closing = asyncio.create_task(proxy.server.close())
     assert b'"code":"stopping"' in await streaming.read()
-    response = await plain
+    response = await waiting
     assert (response.status, (await response.json())["error"]["code"]) == (503, "stopping")
     await closing
     await until(lambda: proxy.upstream.aborts == 2)

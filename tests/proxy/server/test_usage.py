@@ -10,7 +10,7 @@ import pytest
 
 from proxy.accounting import usage
 from proxy.config import LimitsConfig, TimeoutsConfig
-from tests.fakes import chunk, hang, plain, stream, until
+from tests.fakes import chunk, hang, plain, stream
 from tests.proxy.server import ends
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.ends import connect
@@ -89,12 +89,7 @@ async def test_however_a_call_ends_it_has_one_row(proxy: Proxy, end: Any, told: 
 
 
 async def test_a_stop_gives_what_is_in_flight_its_row(proxy: Proxy) -> None:
-    proxy.upstream.behave = stream(chunk("Hel"), then=hang)
-    streaming = await proxy.chat(stream=True)
-    await streaming.content.readuntil(b"\n\n")
-    proxy.upstream.behave = hang
-    waiting = asyncio.create_task(proxy.chat())
-    await until(lambda: len(proxy.upstream.requests) == 2)
+    _, waiting = await ends.both_kinds_in_flight(proxy)
     await proxy.server.close()
     await waiting
     assert sorted((row["status"], row["error"]) for row in await proxy.rows()) == [(200, "stopping"), (503, "stopping")]
