@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ext._body_scan_py import Said, Span, Spans
+from ext._body_scan_py import Span, Spans
 
 if TYPE_CHECKING:
     from ext._body_scan_py import read_answer, scan
@@ -15,4 +15,4 @@ else:
     read_answer = _chosen.read_answer
     scan = _chosen.scan
 
-__all__ = ["Said", "Span", "Spans", "read_answer", "scan"]
+__all__ = ["Span", "Spans", "read_answer", "scan"]

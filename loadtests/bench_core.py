@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 
-from scheduler.commands import Admit, Load, Sleep, Stop
+from scheduler.commands import Admit, Load, Stop
 from scheduler.core import Core
 from scheduler.events import Arrived, Cancelled, EngineReady, EngineStopped, Event, Finished, Tick
 from scheduler.model import DeviceSpec, ModelSpec, SchedulerSettings, Ticket
@@ -66,7 +66,7 @@ class Life:
                     self.running.append(ticket_id)
                 case Load(engine_id, model, device):
                     self.engines.append((self.now + 3.0, EngineReady(engine_id, model, device, 3.0)))
-                case Stop(engine_id) | Sleep(engine_id):
+                case Stop(engine_id):
                     self.engines.append((self.now, EngineStopped(engine_id)))
 
     def arrive(self) -> None:

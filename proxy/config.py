@@ -51,7 +51,7 @@ class Secret:
 class Key(msgspec.Struct, frozen=True):
     """What a key means and takes. `low` and `high` are allowed themselves, `above` is not.
 
-    `form` names a reading that is more than a type: size, listen, secret, url, path, name, address, device or workers.
+    `form` names a reading that is more than a type: size, listen, secret, url, path, name, device or workers.
     `absent` says what leaving the key out does, `example` is shown where there is no default to show.
     """
 

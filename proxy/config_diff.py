@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -39,11 +38,6 @@ SECRET: Final = ("api_key", "api_keys", "admin_keys")
 def diff(old: Config, new: Config) -> list[str]:
     """A line for each key that a reload changes, those that need a restart marked; empty if nothing changes."""
     return list(_diff(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
-
-
-def needs_restart(old: Config, new: Config) -> list[str]:
-    """The keys that differ and take effect only after a restart."""
-    return [key for key in RESTART if attrgetter(key)(old) != attrgetter(key)(new)]
 
 
 def _diff(old: Any, new: Any, path: str) -> Iterator[str]:

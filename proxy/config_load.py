@@ -70,11 +70,6 @@ def load_text(
     return _build(_parse(text, name), name, overrides or {}, base_dir or Path.cwd(), engine)
 
 
-def default_config(model_paths: Sequence[str], engine: str = "auto") -> Config:
-    """What is served without a file: the models in these folders, or else the demo."""
-    return load_start(Start(models=tuple(model_paths), engine=engine)).config
-
-
 def load_start(start: Start) -> Loaded:
     """The configuration that a command line asks for: a file, or folders, or the demo."""
     overrides = {

@@ -56,7 +56,7 @@ PAUSE_FIRST_S, PAUSE_LIMIT_S = 0.1, 5.0
 class Worker:
     """One worker process. `gone` is called once, when it has ended; its desk is closed by then."""
 
-    def __init__(self, holder: int, scheduler: Scheduler, gone: Callable[[Worker], None]) -> None:
+    def __init__(self, holder: int, scheduler: Scheduler, gone: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._gone = gone
         self._channel: Channel[FromWorker] = Channel(FromWorker, self._hear, self._lost)
@@ -122,7 +122,7 @@ class Worker:
         self.desk.close()
         for event in (self.serving, self.drained, self._counted, self.ended):
             event.set()  # nobody waits for one that has gone
-        self._gone(self)
+        self._gone()
 
 
 class Workers:
@@ -267,7 +267,7 @@ class Workers:
         try:
             prepared = self._prepared.pop(slot, None)
             holder, started = self._spawn(slot) if prepared is None else prepared
-            worker = Worker(holder, self.scheduler, lambda _: self._ended(slot))
+            worker = Worker(holder, self.scheduler, lambda: self._ended(slot))
             await worker.begin(started)
         except OSError as error:
             log.error("a worker could not be started: %s", error)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import BackendConfig, Config, ConfigError, ModelConfig, ServerConfig
-from proxy.config_load import Start, default_config, load, load_start, load_text
+from proxy.config_load import Start, load, load_start, load_text
 from proxy.config_shape import shape_problems
 
 KEYS = sorted(
@@ -369,7 +369,7 @@ def test_without_a_file_the_named_folders_are_served(model_folder: Path, tmp_pat
     embed = tmp_path / "bge"
     embed.mkdir()
     (embed / "config.json").write_text('{"architectures": ["BertModel"]}')
-    config = default_config([str(model_folder), str(embed)])
+    config = load_start(Start(models=(str(model_folder), str(embed)))).config
     assert [(m.id, m.task, m.path) for m in config.models] == [
         ("tiny", "generate", str(model_folder)),
         ("bge", "embed", str(embed)),
@@ -379,7 +379,7 @@ def test_without_a_file_the_named_folders_are_served(model_folder: Path, tmp_pat
 
 def test_two_folders_of_one_name_are_refused(model_folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        default_config([str(model_folder), str(model_folder)])
+        load_start(Start(models=(str(model_folder), str(model_folder))))
     assert caught.value.problems == [
         "--model: models[tiny] runs on two local backends; keep one of them, or give the other its own id"
     ]
