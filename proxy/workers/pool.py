@@ -41,6 +41,7 @@ from proxy.workers.messages import (
 from proxy.workers.shared_counters import SharedCounters
 from scheduler.commands import Credit, Revoke
 from scheduler.driver import Scheduler
+from scheduler.engines.keeper_sockets import ended
 
 log = logging.getLogger("vramp.workers")
 
@@ -293,7 +294,7 @@ class Workers:
         if self._draining or self._leaving:
             return
         lived_s = self._loop.time() - worker.began_s
-        log.error("worker %d %s after %.1f s: starting another", worker.pid, _how(worker.status), lived_s)
+        log.error("worker %d %s after %.1f s: starting another", worker.pid, ended(worker.status), lived_s)
         self._fast_deaths[slot] = self._fast_deaths[slot] + 1 if lived_s < FAST_DEATH_S else 0
         self.restarts += 1
         self._again(slot)
@@ -405,7 +406,3 @@ async def _readable(connection: socket.socket) -> None:
         await said.wait()
     finally:
         loop.remove_reader(connection.fileno())
-
-
-def _how(status: int) -> str:
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"

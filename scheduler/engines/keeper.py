@@ -23,8 +23,8 @@ from collections.abc import Callable
 from scheduler.engines import keeper_systemd, reaper
 from scheduler.engines.keeper_children import Child, Children, become_subreaper
 from scheduler.engines.keeper_loop import Channel, Loop, Message
-from scheduler.engines.keeper_proxies import Proxies, Proxy, ended
-from scheduler.engines.keeper_sockets import Listener, bind_all, say
+from scheduler.engines.keeper_proxies import Proxies, Proxy
+from scheduler.engines.keeper_sockets import Listener, bind_all, ended, say
 
 FORK_LIMIT_S = 20.0
 ENGINE_STOP_S = 10.0

@@ -27,7 +27,7 @@ from typing import Any
 from scheduler.engines import keeper_systemd
 from scheduler.engines.keeper_children import Child, Children
 from scheduler.engines.keeper_loop import Channel, Loop, Message
-from scheduler.engines.keeper_sockets import Listener, say
+from scheduler.engines.keeper_sockets import Listener, ended, say
 
 FAST_DEATH_S = 5.0
 FAST_DEATHS_LIMIT = 10
@@ -340,8 +340,3 @@ class Proxies:
                 proxy.child.signal(number)
         except OSError as error:
             say(f"signal {number} did not reach the proxy: {error}")
-
-
-def ended(status: int) -> str:
-    """A process' end in words."""
-    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"

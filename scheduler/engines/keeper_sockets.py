@@ -56,6 +56,11 @@ def say(text: str) -> None:
         print(f"vramp keeper: {text}", file=sys.stderr, flush=True)
 
 
+def ended(status: int) -> str:
+    """A process' end in words."""
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
 def _listener(family: int, where: Any) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
