@@ -262,7 +262,7 @@ async def test_a_worker_that_dies_loses_only_what_is_its_own(office: Office) -> 
     await office.until(large.granted())
     await office.calm()
     assert office.core.models["a"].in_flight == 3
-    waits = dies.leases.lease(dies.ticket("b"))
+    dies.leases.lease(dies.ticket("b"))
     await office.calm()
     assert len(office.core.tickets.waiting) == 1
     office.kill(0)
@@ -271,7 +271,6 @@ async def test_a_worker_that_dies_loses_only_what_is_its_own(office: Office) -> 
     assert not office.core.tickets.waiting
     other.__exit__(None, None, None)
     assert await one(office, office.workers[0]) == "http://a#1"
-    assert waits.ticket.model == "b"
 
 
 @pytest.mark.parametrize("seed", range(8))
