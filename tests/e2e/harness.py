@@ -50,6 +50,25 @@ def model_table(name: str, *lines: str, memory: str = "900MiB", **engine: float 
     return "\n".join(["", "[[models]]", *table, ""])
 
 
+def cli(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`vramp`, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "proxy.cli", *argv],
+        env={**os.environ, "PYTHONPATH": str(REPO), **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def assert_replays(record: Path) -> None:
+    """The same events give the same decisions."""
+    replayed = cli("simulate", "--replay", str(record))
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "the same, decision for decision" in replayed.stdout
+
+
 class Served:
     """A running `vramp serve`. `stop()` returns its exit code; leaving the context makes sure that nothing is left."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.harness import QUESTION, REPO, Served, model_table, simulated
+from tests.e2e.harness import QUESTION, Served, assert_replays, cli, model_table, simulated
 
 # the limit is for a busy machine: starting a keeper, a proxy and an engine takes a second or two on an idle one
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
@@ -88,11 +87,8 @@ def stream(served: Served, model: str, **more: Any) -> list[str]:
         return [event for event in answer.read().decode().split("\n\n") if event]
 
 
-def cli(served: Served, *argv: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "VRAMP_ADMIN": served.admin_url, "PYTHONPATH": str(REPO), "COLUMNS": "120"}
-    return subprocess.run(
-        [sys.executable, "-m", "proxy.cli", *argv], env=env, capture_output=True, text=True, timeout=30, check=False
-    )
+def operator(served: Served, *argv: str) -> subprocess.CompletedProcess[str]:
+    return cli(*argv, VRAMP_ADMIN=served.admin_url, COLUMNS="120")
 
 
 def test_models_come_and_go_and_say_so(served: Served) -> None:
@@ -142,17 +138,17 @@ def test_a_program_that_does_not_exist_says_so_to_who_waits_and_backs_off(served
 
 
 def test_the_command_line_loads_unloads_and_shows(served: Served) -> None:
-    assert cli(served, "load", "b").returncode == 0
+    assert operator(served, "load", "b").returncode == 0
     assert served.model("b")["state"] == "ready"
-    shown = cli(served, "status")
+    shown = operator(served, "status")
     assert shown.returncode == 0
     assert "sim0" in shown.stdout
     assert "slow-to-load" in shown.stdout
-    assert cli(served, "unload", "b").returncode == 0
+    assert operator(served, "unload", "b").returncode == 0
     assert served.model("b")["state"] == "cold"
-    listed = cli(served, "models")
+    listed = operator(served, "models")
     assert "talks-garbage" in listed.stdout
-    failed = cli(served, "load", "no-such-program")
+    failed = operator(served, "load", "no-such-program")
     assert failed.returncode == 1
     assert "/nonexistent/engine" in failed.stderr + failed.stdout
 
@@ -285,12 +281,7 @@ def test_a_recorded_life_replays_decision_for_decision(tmp_path: Path) -> None:
             stream(served, model, max_tokens=20)
         refusal(served, "no-such-program")
         assert served.stop() == 0
-    replayed = subprocess.run(
-        [sys.executable, "-m", "proxy.cli", "simulate", "--replay", str(record)],
-        env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
-    assert "the same, decision for decision" in replayed.stdout
+    assert_replays(record)
 
 
 def test_after_a_keeper_killed_with_9_nothing_is_left_and_a_new_one_starts(tmp_path: Path) -> None:

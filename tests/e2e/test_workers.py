@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -20,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.harness import QUESTION, REPO, Served, model_table, simulated
+from tests.e2e.harness import QUESTION, Served, assert_replays, model_table, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60), pytest.mark.native]
 
@@ -274,8 +271,4 @@ def test_what_workers_granted_from_credit_replays(tmp_path: Path) -> None:
         chat(served)
         assert served.stop() == 0
     assert b"CreditReported" in record.read_bytes()
-    replayed = subprocess.run(
-        [sys.executable, "-m", "proxy.cli", "simulate", "--replay", str(record)],
-        env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert_replays(record)
