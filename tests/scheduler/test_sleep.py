@@ -93,18 +93,24 @@ def asleep(card: Card) -> tuple[str, Command]:
     return a, load
 
 
-def woken(card: Card) -> tuple[str, int]:
-    """a slept, b came and sleeps now, a is wanted again and says that it is awake: it is asked what it says."""
+def asleep_beside_an_idle_one(card: Card) -> tuple[str, str]:
+    """a sleeps, and b served in its place and is idle; returns the engines of both."""
     a, load = asleep(card)
-    assert kinds(card.ready(load)) == ["probe b"]
     assert isinstance(load, Load)
-    card.held[load.engine_id] = 700
+    assert kinds(card.ready(load)) == ["probe b"]
+    card.held[load.engine_id] = card.size
     card.read()
     (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
     card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    return a, load.engine_id
+
+
+def woken(card: Card) -> tuple[str, int]:
+    """a slept, b came and sleeps now, a is wanted again and says that it is awake: it is asked what it says."""
+    a, b = asleep_beside_an_idle_one(card)
     ticket, commands = card.arrive("a")
     assert kinds(commands) == ["sleep b"]
-    (wake,) = card.sleep(load.engine_id)
+    (wake,) = card.sleep(b)
     assert wake == Wake(a, "1 waiting; it sleeps, and its memory is free")
     assert kinds(card.step(EngineReady(a, "a", "gpu0", 0.4))) == ["probe a"]
     return a, ticket
@@ -255,15 +261,9 @@ def test_an_engine_that_died_counts_until_its_memory_is_back() -> None:
 def test_without_room_in_host_memory_the_victim_is_stopped_and_the_oldest_sleeper_makes_way(card: Card) -> None:
     card.step(ConfigChanged(tuple(m.spec for m in card.core.models.values()), msgspec.structs.replace(
         SETTINGS, sleep_memory_bytes=500 * MiB)))  # fmt: skip
-    a, load = asleep(card)
-    assert isinstance(load, Load)
-    card.ready(load)
-    card.held[load.engine_id] = 700
-    card.read()
-    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
-    card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    a, b = asleep_beside_an_idle_one(card)
     assert kinds(card.arrive("a")[1]) == ["stop b"]  # the one sleeper is the one that is wanted
-    assert kinds(card.end(load.engine_id)) == ["wake a"]
+    assert kinds(card.end(b)) == ["wake a"]
     assert card.core.books.sleep_memory.held == 500 * MiB
     card.step(UnloadAsked("a"))
     card.end(a)
@@ -281,15 +281,9 @@ def test_a_sleeper_that_dies_is_cold_and_loads_again(card: Card) -> None:
 
 
 def test_an_operator_ends_a_sleeper_and_wakes_it(card: Card) -> None:
-    a, load = asleep(card)
-    card.ready(load)
-    assert isinstance(load, Load)
-    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
-    card.finish(admit.ticket_id)  # type: ignore[union-attr]
-    card.held[load.engine_id] = 700
-    card.read()
+    a, b = asleep_beside_an_idle_one(card)
     assert kinds(card.step(LoadAsked("a"))) == ["sleep b"]
-    assert kinds(card.sleep(load.engine_id)) == ["wake a"]
+    assert kinds(card.sleep(b)) == ["wake a"]
     assert kinds(card.step(UnloadAsked("a"))) == ["stop a"]
     card.end(a)
     assert card.state("a") is Residency.COLD
@@ -314,13 +308,7 @@ def test_no_neighbour_leaves_while_one_starts_not_even_for_its_ttl_or_an_operato
 def starts_beside_a_sleeper() -> tuple[Card, str, Load]:
     """a sleeps, b serves, and c starts beside them."""
     card = Card(SETTINGS, a={}, b={}, c={"memory_bytes": 200 * MiB})
-    a, load = asleep(card)
-    assert isinstance(load, Load)
-    card.ready(load)
-    card.held[load.engine_id] = 700
-    card.read()
-    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
-    card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    a, _ = asleep_beside_an_idle_one(card)
     _, (start,) = card.arrive("c")
     assert isinstance(start, Load)
     return card, a, start
@@ -370,12 +358,6 @@ def test_want_of_memory_at_a_start_is_learned_from_and_tried_once_more_with_room
 def test_a_victim_that_loses_its_host_memory_to_another_victim_is_stopped_once() -> None:
     tight = msgspec.structs.replace(SETTINGS, sleep_memory_bytes=900 * MiB)
     card = Card(tight, a={}, b={}, c={"memory_bytes": 1000 * MiB, "sleep_keeps_bytes": None})
-    _, load = asleep(card)
-    assert isinstance(load, Load)
-    card.ready(load)
-    card.held[load.engine_id] = 700
-    card.read()
-    (admit,) = card.step(ProbeAnswered(load.engine_id, " x", -0.1))
-    card.finish(admit.ticket_id)  # type: ignore[union-attr]
+    asleep_beside_an_idle_one(card)
     card.now += 10.0
     assert sorted(kinds(card.arrive("c")[1])) == ["stop a", "stop b"], "what b would need to sleep is a's"
