@@ -9,7 +9,7 @@ import msgspec
 from ext.rate_counters import Grant
 
 
-class Outcome(msgspec.Struct, gc=False):  # it holds no container, and thousands wait for their lines
+class Outcome(msgspec.Struct, gc=False):  # nothing in it leads back to it, and thousands wait for their lines
     """One request, from its first byte to its end. Times are in seconds; `started_s` is monotonic.
 
     `status` is what the client saw, or 499 when it left first. An error after the first byte leaves the status at 200

@@ -82,7 +82,7 @@ class Adaptive:
     def __init__(self) -> None:
         rules: tuple[type[Ranking], ...] = (ExpectedDelay, Gdsf, Lfu, Landlord, Lru)
         self._pairs = [(rule(), Shadow(rule())) for rule in rules]
-        self._leader: Eviction = self._pairs[0][0]
+        self.leader: Eviction = self._pairs[0][0]  # the rule whose shadow has paid least; the first named when level
         self._uses: dict[str, int] = {}
         self._models: Mapping[str, ModelState] = {}
         self._capacity = 0
@@ -105,7 +105,7 @@ class Adaptive:
                 shadow.touch(model, uses, self._capacity, now, self)
         if arrivals:
             last_s = arrivals[-1][0]
-            self._leader = min(self._pairs, key=lambda pair: pair[1].paid_s(last_s))[0]
+            self.leader = min(self._pairs, key=lambda pair: pair[1].paid_s(last_s))[0]
 
     def _affords(self, now: float) -> bool:
         """Whether this request is shadowed: a token bucket."""
@@ -124,13 +124,9 @@ class Adaptive:
         rate = model.demand.slow_rate(now, max(LEAST_WATCHED_S, watched_s))
         return Candidate(model.spec.name, held, 0, last_used_s, model.seconds_to_load, uses, rate)
 
-    def leader(self) -> Eviction:
-        """The rule whose shadow has paid least so far; the first named when level."""
-        return self._leader
-
     def victims(self, candidates: Sequence[Candidate], need_bytes: int, now: float) -> list[Candidate] | None:
         """What the leader says."""
-        return self._leader.victims(candidates, need_bytes, now)
+        return self.leader.victims(candidates, need_bytes, now)
 
     def evicted(self, victim: Candidate) -> None:
         """All rules learn of it: any may lead next."""

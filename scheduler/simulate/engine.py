@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -141,8 +141,3 @@ def as_bytes(size: int | str) -> int:
 def device(memory_bytes: int) -> DeviceSpec:
     """One device of so many bytes, all of them ours."""
     return DeviceSpec(DEVICE, DEVICE, memory_bytes)
-
-
-def models_of(requests: Sequence[Request]) -> list[str]:
-    """The models of a trace, in name order."""
-    return sorted({request.model for request in requests})

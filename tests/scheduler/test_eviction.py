@@ -137,7 +137,7 @@ def test_the_adaptive_policy_follows_the_rule_that_loads_least() -> None:
     cache = Cache(slots=4, models=60)
     for turn in range(200):
         cache.ask(turn, f"m{turn % 2}" if turn % 6 < 2 else f"m{2 + turn % 58}")
-    leader = cache.policy.leader()
+    leader = cache.policy.leader
     assert not isinstance(leader, Lru)
     paid = {type(asked).__name__: shadow.paid_s(200.0) for asked, shadow in cache.policy._pairs}
     assert paid[type(leader).__name__] == min(paid.values()) < paid["Lru"]
@@ -145,10 +145,10 @@ def test_the_adaptive_policy_follows_the_rule_that_loads_least() -> None:
 
 def test_the_adaptive_policy_asks_the_default_estimate_until_a_rule_has_paid_less() -> None:
     cache = Cache(slots=2, models=3)
-    assert isinstance(cache.policy.leader(), ExpectedDelay)
+    assert isinstance(cache.policy.leader, ExpectedDelay)
     cache.ask(0.0, "m0")
     cache.ask(1.0, "m1")
-    assert isinstance(cache.policy.leader(), ExpectedDelay)
+    assert isinstance(cache.policy.leader, ExpectedDelay)
 
 
 def test_a_flood_is_shadowed_in_part_and_a_burst_as_a_whole() -> None:
