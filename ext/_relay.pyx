@@ -174,7 +174,7 @@ cdef enum:
     MOST_SPARE = 64  # larger buffers, of SCRATCH bytes, that the relay keeps for the next large requests
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
-    SEALED = 32 << 10  # so much is read over TLS at once, and twice of it written: TLS's buffers keep their size
+    SEALED = 32 << 10  # so much is read over TLS at once: its buffer keeps its size
     NAME = 40  # longer header names are none of ours
     MOST_NAMES = 64
 
@@ -474,9 +474,12 @@ cdef class Conn:
     # ---- TLS
 
     cdef bint _seal(self, iovec* parts, int count) except? False:
-        """`_send_now` over TLS, in records as large as they may be: each costs as much as a few hundred bytes."""
+        """`_send_now` over TLS, in records as large as they may be: each costs as much as a kilobyte in one. They are
+        taken from TLS one by one, so that it keeps a buffer of one, and sent in one go."""
         cdef char record[RECORD]
-        cdef size_t held = 0, sealed = 0, at, more
+        cdef size_t held = 0, at, more
+        cdef vector[iovec] sealed
+        cdef list owners = []
         cdef int i
         for i in range(count):
             at = 0
@@ -488,27 +491,37 @@ cdef class Conn:
                 if held == RECORD:
                     if not self._tls.write(record, held):
                         return False
-                    sealed += held
+                    owners.append(self._said_over_tls(&sealed))
                     held = 0
-                    if sealed % (2 * SEALED) == 0 and not self._send_sealed():
-                        return False
         if held and not self._tls.write(record, held):
             return False
-        return self._send_sealed()
+        owners.append(self._said_over_tls(&sealed))
+        return self._send_sealed(&sealed)
 
-    cdef bint _send_sealed(self) except? False:
-        """Send what TLS has to say, behind what waits; False when the connection is dead."""
-        cdef bytes sealed = self._tls.said()
+    cdef bytes _said_over_tls(self, vector[iovec]* sealed):
+        """Add what TLS has to say, which belongs to the answer."""
+        cdef bytes said = self._tls.said()
         cdef iovec part
+        part.iov_base = PyBytes_AS_STRING(said)
+        part.iov_len = PyBytes_GET_SIZE(said)
+        sealed.push_back(part)
+        return said
+
+    cdef bint _send_sealed(self, vector[iovec]* sealed) except? False:
+        """Send this behind what waits; False when the connection is dead."""
         cdef ssize_t taken = 0
-        part.iov_base = PyBytes_AS_STRING(sealed)
-        part.iov_len = PyBytes_GET_SIZE(sealed)
-        if part.iov_len and self._out_len == 0:
-            taken = vr_send(self._fd, &part, 1)
+        if self._out_len == 0:
+            taken = vr_send(self._fd, sealed.data(), sealed.size())
             if taken < 0 and not _blocked():
                 return False
-        self._keep(&part, 1, taken if taken > 0 else 0)
+        self._keep(sealed.data(), sealed.size(), taken if taken > 0 else 0)
         return True
+
+    cdef bint _send_said(self) except? False:
+        """Send what TLS itself has to say; False when the connection is dead."""
+        cdef vector[iovec] sealed
+        cdef bytes said = self._said_over_tls(&sealed)
+        return not said or self._send_sealed(&sealed)
 
     cdef ssize_t _take_sealed(self) except? -1:
         """Give TLS what the peer has sent; as `recv` answers."""
@@ -526,7 +539,7 @@ cdef class Conn:
         size = self._take_sealed()
         if size > 0:
             size = self._tls.read(to, room)
-            self._send_sealed()  # an alert, or new keys
+            self._send_said()  # an alert, or new keys
             if self._out_len:
                 self._say()
             if size > 0:
@@ -545,7 +558,7 @@ cdef class Conn:
         """Tell the peer that this is an end, and no cut, if that can be said."""
         if self._out_len == 0:
             self._tls.part()
-            self._send_sealed()
+            self._send_said()
         return 0
 
     # ---- the end of a turn
@@ -1320,7 +1333,7 @@ cdef class Upstream(Conn):
         state = self._tls.shake()
         if state == 1:
             return True
-        self._send_sealed()
+        self._send_said()
         if state < 0:
             self._unreachable(self._tls.words)
         else:

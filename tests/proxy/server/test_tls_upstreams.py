@@ -450,3 +450,30 @@ async def test_connections_that_come_and_go_leave_nothing(fast: Proxy, sealed: S
         assert (await next_answer(reader, writer, FAR)).endswith(ANSWER)
     await until(lambda: held() <= before)
     writer.close()
+
+
+async def test_new_keys_are_taken_and_given_on_an_open_connection(
+    fast: Proxy, pair: Pair, handed_over: list[bytes]
+) -> None:
+    """Python's `ssl` cannot ask for them, so this server is OpenSSL's own: a line with a K, and it does."""
+    command = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-cert", str(pair.cert), "-key", str(pair.key)]
+    pipe = asyncio.subprocess.PIPE
+    server = await asyncio.create_subprocess_exec(*command, "-crlf", stdin=pipe, stdout=pipe, stderr=pipe)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        await server.stdout.readuntil(b"ACCEPT 127.0.0.1:")
+        send_to((fast, fast), f"https://127.0.0.1:{int(await server.stdout.readline())}")
+        said = b""
+        for _ in range(4):
+            asking = asyncio.create_task(answer_to(fast, FAR))
+            said += await server.stdout.readuntil(b"]}")
+            server.stdin.write(lengthy(ANSWER).replace(b"\r", b""))
+            assert (await asking).endswith(ANSWER)
+            server.stdin.write(b"K\n")
+    finally:
+        server.terminate()
+        await server.communicate()
+    assert b"SSL_do_handshake -> 1" in said, "it was asked for new keys"
+    assert said.count(b"BEGIN SSL SESSION") == 1
+    assert handed_over == []
