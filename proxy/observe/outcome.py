@@ -47,15 +47,13 @@ class Outcome(msgspec.Struct, gc=False):  # nothing in it leads back to it, and 
     grant: Grant | None = None  # of its limits, until it is settled
 
     def headers(self, passed: Mapping[str, str], *, waiting: bool = False) -> dict[str, str]:
-        """Response headers: the upstream's that are `passed` on, and ours over them.
+        """Response headers: the upstream's that are `passed` on, and ours over them, but for `rate_limits`.
 
         Where the caller has limits here, the upstream's own are ours and not the caller's.
         """
-        if not self.rate_limits:
-            return {**passed, **self.facts(waiting=waiting)}
-        others = {name: value for name, value in passed.items() if not name.startswith("x-ratelimit-")}
-        limits = dict(line.split(": ") for line in self.rate_limits.splitlines())
-        return {**others, **self.facts(waiting=waiting), **limits}
+        if self.rate_limits:
+            passed = {name: value for name, value in passed.items() if not name.startswith("x-ratelimit-")}
+        return {**passed, **self.facts(waiting=waiting)}
 
     def facts(self, *, waiting: bool = False) -> dict[str, str]:
         """What is known by now, by header names. While still `waiting`, nobody knows yet who will answer."""

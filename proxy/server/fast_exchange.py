@@ -91,7 +91,8 @@ class Exchange(msgspec.Struct, eq=False):
             if output:
                 lead = _bytes(self.plan.head(200, self.headers, outcome, last, streams=True))
             else:
-                lead = _bytes(head_of(200, outcome.headers(STREAM_HEADERS, waiting=True)) + last)
+                waiting = outcome.headers(STREAM_HEADERS, waiting=True)
+                lead = _bytes(head_of(200, waiting, outcome.rate_limits) + last)
         outcome.bytes_out += len(events)
         return lead + _chunk(events), output
 
@@ -100,9 +101,9 @@ class Exchange(msgspec.Struct, eq=False):
         self._first_byte(self.client.first_byte_s)
         self.outcome.status = status
         self.lengthy = length >= 0
-        passed = {**headers, "content-length": str(length)} if self.lengthy else headers
-        head = head_of(status, self.outcome.headers(passed))
-        return _bytes(f"{head}{'' if self.lengthy else _CHUNKED}{self.lane.dates.now()}")
+        framing = f"Content-Length: {length}\r\n" if self.lengthy else _CHUNKED
+        head = head_of(status, self.outcome.headers(headers), self.outcome.rate_limits)
+        return _bytes(f"{head}{framing}{self.lane.dates.now()}")
 
     def whole(self, status: int, headers: dict[str, str], body: bytes) -> bytes | None:
         """A whole answer that is not an event stream; None where it is none to pass on."""

@@ -53,7 +53,7 @@ class Plan(msgspec.Struct, eq=False):
         content_type = passed.get("content-type")
         if len(passed) != 1 or content_type is None:
             lines = {**STREAM_HEADERS, **passed} if streams else passed
-            return head_of(status, outcome.headers(lines)) + last
+            return head_of(status, outcome.headers(lines), outcome.rate_limits) + last
         key = (status, content_type, streams)
         made = self.heads.get(key)
         if made is None:

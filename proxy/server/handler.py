@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from random import getrandbits  # an id is no secret, and the system's own randomness costs a call into the kernel
 from typing import Protocol, cast
 
@@ -160,7 +161,8 @@ class Handler:
         return answer.response
 
     def _admit(self, request: web.BaseRequest) -> Route:
-        if sum(len(name) + len(value) + 4 for name, value in request.raw_headers) > self.state.max_header:
+        lines = request.raw_headers
+        if sum(map(len, chain.from_iterable(lines))) + 4 * len(lines) > self.state.max_header:
             raise HeadersTooLarge(f"The headers are larger than {self.state.max_header} bytes ([limits] max_header).")
         route = routes.find(request.method, request.path)
         if route.endpoint is not None and not self.ready:

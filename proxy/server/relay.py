@@ -121,7 +121,7 @@ class Relay:
 
     async def _begin_large(self, upstream: Upstream, headers: dict[str, str], held: list[bytes]) -> None:
         length = upstream.headers.get("content-length")
-        await self._answer.begin_body(upstream.status, headers | ({"content-length": length} if length else {}))
+        self._answer.begin_body(upstream.status, headers, None if length is None else int(length))
         for chunk in held:
             await self._answer.write(chunk)
 

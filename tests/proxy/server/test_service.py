@@ -126,15 +126,27 @@ async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
     writer.close()
 
 
-async def test_an_http_1_0_client_is_served(proxy: Proxy) -> None:
+@pytest.mark.parametrize("kept", [b"", b"connection: keep-alive\r\n"])
+async def test_a_stream_to_an_http_1_0_client_ends_with_its_connection(proxy: Proxy, kept: bytes) -> None:
     proxy.upstream.behave = stream()
     body = b'{"model":"demo-chat","messages":[],"stream":true}'
     reader, writer = await asyncio.open_connection(*proxy.address)
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n" % len(body) + body
+        b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n%b"
+        b"content-length: %d\r\n\r\n" % (kept, len(body)) + body
     )
     answer = await reader.read()
     assert answer.endswith(DONE)
     assert b"chunked" not in answer.lower()
+    writer.close()
+
+
+async def test_an_http_1_0_client_may_keep_its_connection(proxy: Proxy) -> None:
+    reader, writer = await asyncio.open_connection(*proxy.address)
+    for _ in range(2):
+        writer.write(b"GET /healthz HTTP/1.0\r\nconnection: keep-alive\r\n\r\n")
+        assert b"\r\nConnection: keep-alive\r\n" in await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(3) == b"ok\n"
+    writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert (await reader.read()).endswith(b"\r\n\r\nok\n")
     writer.close()
