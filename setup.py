@@ -10,7 +10,18 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NAMES = ("weighted_semaphore", "fair_queue", "backlog", "sse", "rate_counters", "body_scan", "json_lines", "relay")
+NAMES = (
+    "weighted_semaphore",
+    "fair_queue",
+    "backlog",
+    "sse",
+    "rate_counters",
+    "body_scan",
+    "json_lines",
+    "tally",
+    "occupancy",
+    "relay",
+)
 PARTS = ("tls",)  # of those, without a twin of their own
 # No fused multiply-add: the twins must agree to the last bit on every machine.
 FLAGS = [] if sys.platform == "win32" else ["-O3", "-std=c++17", "-ffp-contract=off"]

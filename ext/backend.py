@@ -10,7 +10,18 @@ import importlib
 import os
 from types import ModuleType
 
-NAMES = ("weighted_semaphore", "fair_queue", "backlog", "sse", "rate_counters", "body_scan", "json_lines", "relay")
+NAMES = (
+    "weighted_semaphore",
+    "fair_queue",
+    "backlog",
+    "sse",
+    "rate_counters",
+    "body_scan",
+    "json_lines",
+    "tally",
+    "occupancy",
+    "relay",
+)
 
 
 def _choose(name: str) -> tuple[ModuleType, str]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from operator import attrgetter
 
 import msgspec
 
 from ext.json_lines import line
 from proxy.errors import Unavailable
-from proxy.observe.lines import RETRY_S, LineWriter
+from proxy.observe.lines import RETRY_S, LineLog, LineWriter
 from proxy.observe.metrics import UsageRows
 from proxy.observe.outcome import Outcome
 
@@ -52,20 +53,19 @@ class Row(msgspec.Struct, frozen=True):
     duration_s: float
 
 
-_NAMES = Row.__struct_fields__
-_values = attrgetter(*_NAMES[1:])
+NAMES = Row.__struct_fields__
+values_of = attrgetter(*NAMES[1:])  # all but the time
 
 
-class UsageLog:
+class UsageLog(LineLog):
     """`target` is "off" or a path, which is appended to. Raises OSError where that cannot be."""
 
     def __init__(self, target: str) -> None:
-        self._writer: LineWriter | None = None
-        self._pending: deque[bytes] = deque()
+        room = MOST_PENDING + ROOM_IN_FLIGHT
+        super().__init__(None if target == "off" else LineWriter("usage", target, room), row_of)
+        self._pending = self.writer.pending if self.writer is not None else deque[bytes]()
         self._told: int | None = None  # the batch that the log was told of
-        if target != "off":
-            self._writer = LineWriter("usage", target, row_of, MOST_PENDING + ROOM_IN_FLIGHT)
-            self._pending = self._writer.pending
+        self.on_full: Callable[[], None] = lambda: None  # whoever begins calls sets it
 
     @property
     def full(self) -> bool:
@@ -75,34 +75,30 @@ class UsageLog:
     def refusal(self) -> Unavailable:
         """Of a call that comes while this is `full`. The log is told once in each batch: a writer that is only slow has
         failed at nothing, and would say nothing."""
-        if self._writer is not None and self._told != self._writer.batches:
-            self._told = self._writer.batches
+        if self.writer is not None and self._told != self.writer.batches:
+            self._told = self.writer.batches
             log.warning("new calls are refused: %d usage rows wait to be written", len(self._pending))
         words = "Usage cannot be written in time ([store] usage), and nobody is served unrecorded. The log says more."
         return Unavailable(words, code="usage_unwritable", retry_after_s=RETRY_S)
 
     def write(self, outcome: Outcome) -> None:
         """Take the row of a call that ended, if its caller is known."""
-        if outcome.tenant and self._writer is not None:
-            self._writer.put(outcome)
+        if outcome.tenant:
+            super().write(outcome)
 
-    def reopen(self) -> None:
-        """Open the file anew, after logrotate moved it."""
-        if self._writer is not None:
-            self._writer.reopen()
-
-    async def close(self) -> None:
-        """Write what is pending, as far as that is possible soon. Idempotent."""
-        if self._writer is not None:
-            await self._writer.close()
+    def take(self, line: bytes) -> None:
+        """Take a row that is made already."""
+        super().take(line)
+        if self.full:
+            self.on_full()
 
     def rows(self) -> UsageRows | None:
         """How well rows are written; None where none are."""
-        if self._writer is None:
+        if self.writer is None:
             return None
-        return UsageRows(len(self._pending), self._writer.failures, self._writer.dropped)
+        return UsageRows(len(self._pending), self.writer.failures, self.writer.dropped)
 
 
 def row_of(at: float, outcome: Outcome) -> bytes:
     """The row of a call that ended `at` this wall-clock time, as a line."""
-    return line(_NAMES, (at, *_values(outcome)))
+    return line(NAMES, (at, *values_of(outcome)))

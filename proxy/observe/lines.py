@@ -34,16 +34,14 @@ Encode = Callable[[float, Outcome], bytes]
 class LineWriter:
     """Appends to `path`, making it and its folder, or to standard output where it is None. Raises OSError.
 
-    `encode` makes a line of a wall-clock time and an outcome, at once: natively that costs less than to keep the
-    outcome and to read it again when it is out of the caches, while requests wait for the interpreter. One thread takes
-    (`put` and the others) and one writes: a deque between them needs no lock. The thread is a daemon, for one that
-    hangs in a full pipe must not keep the process from ending.
+    One thread takes (`put` and the others) and one writes: a deque between them needs no lock. The thread is a daemon,
+    for one that hangs in a full pipe must not keep the process from ending.
 
     A thread that lets the interpreter go waits for a busy loop to give it back. So it does that a few times in a batch,
     never once for so many lines: lines would come faster than it takes them.
     """
 
-    def __init__(self, name: str, path: str | None, encode: Encode, most_pending: int) -> None:
+    def __init__(self, name: str, path: str | None, most_pending: int) -> None:
         self.pending: deque[bytes] = deque()
         self.dropped = 0
         self.failures = 0  # attempts to write
@@ -51,7 +49,6 @@ class LineWriter:
         self._log = logging.getLogger("vramp.lines")
         self._name = name
         self._path = path
-        self._encode = encode
         self._most_pending = most_pending
         self._fd = self._open() if path else STDOUT
         self._unwritten = b""
@@ -63,12 +60,12 @@ class LineWriter:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, outcome: Outcome) -> None:
-        """Take one line: about a microsecond, and at most one wake-up a batch."""
+    def put(self, line: bytes) -> None:
+        """Take one line: at most one wake-up a batch."""
         if len(self.pending) >= self._most_pending:
             self.dropped += 1
             return
-        self.pending.append(self._encode(time.time(), outcome))
+        self.pending.append(line)
         if not self._wake.is_set():
             self._wake.set()
 
@@ -141,6 +138,38 @@ class LineWriter:
             old, self._fd = self._fd, self._open()
             self._reopen = False
             os.close(old)
+
+
+class LineLog:
+    """A log of lines that may be off: without a writer nothing is kept.
+
+    `encode` makes a line of a wall-clock time and an outcome, at once: natively that costs less than to keep the
+    outcome and to read it again when it is out of the caches, while requests wait for the interpreter.
+    """
+
+    def __init__(self, writer: LineWriter | None, encode: Encode) -> None:
+        self.writer = writer
+        self._encode = encode
+
+    def write(self, outcome: Outcome) -> None:
+        """Take the line of a request that ended."""
+        if self.writer is not None:
+            self.take(self._encode(time.time(), outcome))
+
+    def take(self, line: bytes) -> None:
+        """Take a line that is made already."""
+        if self.writer is not None:
+            self.writer.put(line)
+
+    def reopen(self) -> None:
+        """Open the file anew, after logrotate moved it."""
+        if self.writer is not None:
+            self.writer.reopen()
+
+    async def close(self) -> None:
+        """Write what is pending, as far as that is possible soon. Idempotent."""
+        if self.writer is not None:
+            await self.writer.close()
 
 
 def _rest(lines: bytes, written: int) -> bytes:

@@ -3,14 +3,12 @@
 A label's values are configured names, classes and status classes, never anything that a caller wrote: a mistyped model
 name must not make a series for ever.
 
-Requests are counted in plain lists, and prometheus_client's metrics are made of them when a page is asked for. Its own
-counters lock at every step, which costs more than all else that ends a request; here one thread writes, and what a page
-shows may be a request apart. Workers' numbers are added up on the proxy's page.
+Requests are counted in tallies (`ext.tally`), and prometheus_client's metrics are made of them when a page is asked
+for. What it shows may be a request apart. Workers' numbers are added up on the proxy's page.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
@@ -20,25 +18,27 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from ext.tally import Histogram, Tally
 from proxy.observe.outcome import Outcome
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _BOUNDS = (*(str(float(bound)) for bound in _SECONDS), "+Inf")
+_HISTOGRAMS = ("duration", "first_byte", "queue", "load", "upstream")
 NO_MODEL = "other"
 
 
-class Histogram(msgspec.Struct):
+class Durations(msgspec.Struct):
     """Counts of durations up to each bound, and their sum."""
 
     counts: list[int] = msgspec.field(default_factory=lambda: [0] * len(_BOUNDS))
     total_s: float = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one more."""
-        self.counts[bisect_left(_SECONDS, seconds)] += 1
-        self.total_s += seconds
+    @classmethod
+    def of(cls, histogram: Histogram) -> Durations:
+        """What was counted so far."""
+        return cls(histogram.counts, histogram.total_s)
 
-    def add(self, other: Histogram) -> None:
+    def add(self, other: Durations) -> None:
         """Count all that another has counted."""
         self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
         self.total_s += other.total_s
@@ -49,41 +49,44 @@ class Histogram(msgspec.Struct):
 
 
 class Series(msgspec.Struct):
-    """What the requests of one (model, backend, class) add to."""
+    """What the requests of one (model, backend, class) came to: a tally's numbers."""
 
     statuses: dict[int, int] = {}
-    duration: Histogram = msgspec.field(default_factory=Histogram)
-    first_byte: Histogram = msgspec.field(default_factory=Histogram)
+    duration: Durations = msgspec.field(default_factory=Durations)
+    first_byte: Durations = msgspec.field(default_factory=Durations)
+    queue: Durations = msgspec.field(default_factory=Durations)
+    load: Durations = msgspec.field(default_factory=Durations)
+    upstream: Durations = msgspec.field(default_factory=Durations)
+    unwaited: int = 0  # waited for neither lease nor load
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    errors: int = 0  # after the answer had begun
+
+    @classmethod
+    def of(cls, tally: Tally) -> Series:
+        """What was counted so far."""
+        return cls(
+            statuses=tally.statuses,
+            unwaited=tally.unwaited,
+            input_tokens=tally.input_tokens,
+            cached_tokens=tally.cached_tokens,
+            output_tokens=tally.output_tokens,
+            errors=tally.errors,
+            **{name: Durations.of(getattr(tally, name)) for name in _HISTOGRAMS},
+        )
 
     def add(self, other: Series) -> None:
         """Add another's."""
         for status, count in other.statuses.items():
             self.statuses[status] = self.statuses.get(status, 0) + count
-        self.duration.add(other.duration)
-        self.first_byte.add(other.first_byte)
-
-
-class OfModel(msgspec.Struct):
-    """What the requests of one model add to, whoever answers them."""
-
-    unwaited: int = 0  # waited for neither lease nor load: most do, and two sums are not worth their time then
-    queue: Histogram = msgspec.field(default_factory=Histogram)
-    load: Histogram = msgspec.field(default_factory=Histogram)
-    upstream: Histogram = msgspec.field(default_factory=Histogram)
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    stream_errors: int = 0
-
-    def add(self, other: OfModel) -> None:
-        """Add another's."""
-        for mine, its in ((self.queue, other.queue), (self.load, other.load), (self.upstream, other.upstream)):
-            mine.add(its)
+        for name in _HISTOGRAMS:
+            getattr(self, name).add(getattr(other, name))
         self.unwaited += other.unwaited
         self.input_tokens += other.input_tokens
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
-        self.stream_errors += other.stream_errors
+        self.errors += other.errors
 
 
 class UsageRows(msgspec.Struct):
@@ -105,7 +108,6 @@ class Counts(msgspec.Struct):
 
     in_flight: int = 0
     series: dict[tuple[str, str, str], Series] = {}
-    models: dict[str, OfModel] = {}
     limited: dict[str, int] = {}
     usage_rows: UsageRows | None = None  # none are written
 
@@ -114,8 +116,6 @@ class Counts(msgspec.Struct):
         self.in_flight += other.in_flight
         for key, series in other.series.items():
             self.series.setdefault(key, Series()).add(series)
-        for name, model in other.models.items():
-            self.models.setdefault(name, OfModel()).add(model)
         for limit, count in other.limited.items():
             self.limited[limit] = self.limited.get(limit, 0) + count
         if other.usage_rows is not None:
@@ -135,59 +135,48 @@ class Metrics(Collector):
 
     def __init__(self, others: Callable[[], Iterable[Counts]] = tuple) -> None:
         self.registry = CollectorRegistry()
-        self.counts = Counts()
-        self.usage_rows: Callable[[], UsageRows | None] = lambda: None  # whoever writes some sets it
+        self.limited: dict[str, int] = {}
+        # whoever answers requests and writes rows sets these
+        self.in_flight: Callable[[], int] = lambda: 0
+        self.usage_rows: Callable[[], UsageRows | None] = lambda: None
         self._others = others
-        self._pairs: dict[tuple[str, str, str], tuple[Series, OfModel]] = {}
+        self._tallies: dict[tuple[str, str, str], Tally] = {}
         self.registry.register(self)
 
-    def started(self) -> None:
-        """A request began."""
-        self.counts.in_flight += 1
+    def tally(self, outcome: Outcome) -> Tally:
+        """What requests like this one add to. Bounded: the journey sets these names only after routing found them in
+        the configuration."""
+        key = (outcome.model or NO_MODEL, outcome.backend or "none", outcome.latency_class or "none")
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally(_SECONDS)
+        return tally
 
     def finished(self, outcome: Outcome) -> None:
-        """A request ended. Called exactly once for each. Two microseconds."""
-        self.counts.in_flight -= 1
-        key = (outcome.model or NO_MODEL, outcome.backend or "none", outcome.latency_class or "none")
-        try:
-            series, model = self._pairs[key]
-        except KeyError:
-            series, model = self._new(key)
-        statuses, status = series.statuses, outcome.status // 100
-        statuses[status] = statuses.get(status, 0) + 1
-        series.duration.observe(outcome.duration_s)
+        """A request ended. Called exactly once for each that its lane does not count by itself. A microsecond."""
+        tally = self.tally(outcome)
+        tally.ended(outcome.status, outcome.duration_s)
         if outcome.error is not None and outcome.status == 200:
-            model.stream_errors += 1
+            tally.failed()
         if outcome.limited:
-            limited = self.counts.limited
-            limited[outcome.limited] = limited.get(outcome.limited, 0) + 1
+            self.limited[outcome.limited] = self.limited.get(outcome.limited, 0) + 1
         if outcome.first_byte_s is None:
             return
-        series.first_byte.observe(outcome.first_byte_s)
-        model.upstream.observe(outcome.upstream_s)
-        if outcome.queue_s or outcome.load_s:
-            model.queue.observe(outcome.queue_s)
-            model.load.observe(outcome.load_s)
-        else:
-            model.unwaited += 1
-        model.input_tokens += outcome.prompt_tokens or 0
-        model.cached_tokens += outcome.cached_tokens or 0
-        model.output_tokens += outcome.output_tokens or 0
+        tally.answered(outcome.first_byte_s, outcome.upstream_s, outcome.queue_s, outcome.load_s)
+        tally.used(outcome.prompt_tokens or 0, outcome.cached_tokens or 0, outcome.output_tokens or 0)
 
     def snapshot(self) -> Counts:
-        """What was counted here so far. It goes on counting."""
-        self.counts.usage_rows = self.usage_rows()
-        return self.counts
+        """What was counted here so far."""
+        return Counts(
+            in_flight=self.in_flight(),
+            series={key: Series.of(tally) for key, tally in self._tallies.items()},
+            limited=dict(self.limited),
+            usage_rows=self.usage_rows(),
+        )
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
-
-    def _new(self, key: tuple[str, str, str]) -> tuple[Series, OfModel]:
-        """Bounded: the journey sets these names only after routing found them in the configuration."""
-        series = self.counts.series.setdefault(key, Series())
-        made = self._pairs[key] = (series, self.counts.models.setdefault(key[0], OfModel()))
-        return made
 
     def collect(self) -> Iterator[Metric]:
         """Everything, as prometheus_client wants it."""
@@ -235,8 +224,11 @@ def _of_models(counts: Counts) -> Iterator[Metric]:
     errors = CounterMetricFamily("vramp_stream_errors", "Streams that ended with an error event.", labels=("model",))
     waits = HistogramMetricFamily("vramp_wait_seconds", "What a request waited for.", labels=("model", "phase"))
     tokens = CounterMetricFamily("vramp_tokens", "Tokens used.", labels=("model", "type"))
-    for name, model in counts.models.items():
-        errors.add_metric((name,), model.stream_errors)
+    models: dict[str, Series] = {}
+    for (name, _, _), series in counts.series.items():
+        models.setdefault(name, Series()).add(series)
+    for name, model in models.items():
+        errors.add_metric((name,), model.errors)
         phases = (("queue", model.queue, model.unwaited), ("load", model.load, model.unwaited))
         for phase, kept, zeros in (*phases, ("upstream", model.upstream, 0)):
             waits.add_metric((name, phase), buckets=kept.buckets(zeros), sum_value=kept.total_s)

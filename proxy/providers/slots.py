@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from ext.occupancy import Occupancy
 from proxy.providers.base import Unreachable
 
 
@@ -15,22 +16,18 @@ class Slots:
     loop goes on to the next.
     """
 
-    __slots__ = ("_free", "_most_waiting", "_name", "_taken", "_waiters")
+    __slots__ = ("_most_waiting", "_name", "_waiters", "places")
 
     def __init__(self, name: str, most: int, most_waiting: int) -> None:
+        """`places` may be taken and given without asking here: who waits then hears of it."""
         self._name = name
-        self._free = most
-        self._taken = 0
+        self.places = Occupancy(most)
         self._most_waiting = most_waiting
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def take_now(self) -> bool:
         """Take a slot if one is free."""
-        if not self._free:
-            return False
-        self._free -= 1
-        self._taken += 1
-        return True
+        return self.places.take()
 
     async def take(self, timeout_s: float) -> None:
         """Take a slot, after waiting for it at most so long. Raises `Unreachable`."""
@@ -40,6 +37,7 @@ class Slots:
             raise Unreachable(f"backend {self._name} has no free connection and {len(self._waiters)} requests wait")
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        self.places.on_give = self._hand_on
         try:
             async with asyncio.timeout(timeout_s):
                 await waiter
@@ -54,13 +52,16 @@ class Slots:
 
     def give(self) -> None:
         """Give a slot back: the first who waits has it then."""
+        self.places.give()
+
+    def _hand_on(self) -> None:
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
+                self.places.take()
                 waiter.set_result(None)
                 return
-        self._taken -= 1
-        self._free += 1
+        self.places.on_give = None
 
     def __repr__(self) -> str:
-        return f"<Slots of {self._name}: {self._taken} taken, {self._free} free, {len(self._waiters)} waiting>"
+        return f"<Slots of {self._name}: {self.places.taken} of {self.places.most} taken, {len(self._waiters)} wait>"

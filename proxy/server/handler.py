@@ -16,6 +16,7 @@ import msgspec
 import orjson
 from aiohttp import web
 
+from ext.occupancy import Occupancy
 from proxy.accounting.usage import UsageLog
 from proxy.catalog.catalog import Deployment
 from proxy.config import TimeoutsConfig
@@ -41,7 +42,11 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Handler:
-    """The request handler of the server. `state` may be replaced at any time; `draining` is set once, by `drain`."""
+    """The request handler of the server.
+
+    `state`, `draining` and `leaving` are changed by the methods only: whoever goes by them without looking each time is
+    told by `on_change`.
+    """
 
     def __init__(
         self,
@@ -59,30 +64,58 @@ class Handler:
         self.leaving = False  # another proxy has the listeners: every connection ends with its next answer
         self._loop = asyncio.get_running_loop()  # kept, for asking costs a system call (Python 3.11)
         self.leases = leases
-        self._metrics = metrics
-        self._access_log = access_log
-        self._usage = usage
+        self.metrics = metrics
+        self.access_log = access_log
+        self.usage = usage
         self._residency = residency
         self._ready = ready
         self._created = int(time.time())
-        self._in_flight = 0
+        self.flying = Occupancy()  # the requests that are being answered
+        self.on_change: Callable[[], None] = lambda: None  # the fast lane sets it
         self._watch = Watch(self._loop)
         self._idle = asyncio.Event()
-        self._idle.set()
+        metrics.in_flight = lambda: self.flying.taken
+        usage.on_full = self._is_full
 
     @property
     def in_flight(self) -> int:
         """Requests that are being answered."""
-        return self._in_flight
+        return self.flying.taken
 
     @property
     def ready(self) -> bool:
         """Whether new requests are welcome: what /readyz says on both listeners."""
-        return not self.draining and not self._usage.full and self._ready()
+        return not self.draining and not self.usage.full and self._ready()
+
+    def configure(self, state: State) -> None:
+        """New requests go by this."""
+        self.state = state
+        self.on_change()
+
+    def drain(self) -> None:
+        """New requests are refused from now on."""
+        self.draining = True
+        self.on_change()
+
+    def leave(self) -> None:
+        """Another process has the listeners: every connection ends with its next answer."""
+        self.leaving = True
+        self.on_change()
+
+    def _is_full(self) -> None:
+        self.on_change()
 
     async def until_idle(self) -> None:
         """Return when no request is in flight."""
-        await self._idle.wait()
+        if self.flying.taken:
+            self._idle.clear()
+            self.flying.on_give = self._ended
+            await self._idle.wait()
+
+    def _ended(self) -> None:
+        if not self.flying.taken:
+            self.flying.on_give = None
+            self._idle.set()
 
     def cut_off(self) -> None:
         """End every request in flight with an error that its client can read."""
@@ -113,21 +146,16 @@ class Handler:
 
     def begin(self) -> None:
         """A request is in flight. `end` follows, exactly once."""
-        if not self._in_flight:
-            self._idle.clear()
-        self._in_flight += 1
-        self._metrics.started()
+        self.flying.take()
 
     def end(self, outcome: Outcome, now: float) -> None:
         """Settle a request, however it ended."""
         outcome.duration_s = now - outcome.started_s
         limits.settle(outcome, now)
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-        self._metrics.finished(outcome)
-        self._access_log.write(outcome)
-        self._usage.write(outcome)
+        self.flying.give()
+        self.metrics.finished(outcome)
+        self.access_log.write(outcome)
+        self.usage.write(outcome)
 
     async def _answered(
         self, request: web.BaseRequest, outcome: Outcome, tried: Exception | None
@@ -166,8 +194,8 @@ class Handler:
             raise HeadersTooLarge(f"The headers are larger than {self.state.max_header} bytes ([limits] max_header).")
         route = routes.find(request.method, request.path)
         if route.endpoint is not None and not self.ready:
-            if self._usage.full:
-                raise self._usage.refusal()
+            if self.usage.full:
+                raise self.usage.refusal()
             raise Unavailable("vramp is stopping or not up yet.", code="stopping", retry_after_s=1.0)
         return route
 
@@ -196,9 +224,8 @@ class Handler:
         """The answer to bytes that are no HTTP request of ours; it has no path, so it wears OpenAI's envelope."""
         outcome = open_outcome(request.headers, request.method, request.path, request.remote or "", self._loop.time())
         outcome.status, outcome.error = error.status, error.code or error.type
-        self._metrics.started()
-        self._metrics.finished(outcome)
-        self._access_log.write(outcome)
+        self.metrics.finished(outcome)
+        self.access_log.write(outcome)
         headers = outcome.headers({"content-type": JSON, "server": "vramp"})
         body = body_for(Dialect.OPENAI, error, outcome.request_id)
         return web.Response(status=error.status, headers=headers, body=body)

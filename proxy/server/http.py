@@ -157,14 +157,14 @@ class Server:
 
     async def drain(self, timeout_s: float) -> bool:
         """Let what is in flight finish; True when all of it did in time. New calls get 503 meanwhile."""
-        self._handler.draining = True
+        self._handler.drain()
         return await self._idle_within(timeout_s)
 
     def stop_accepting(self) -> None:
         """New connections are left in the listen queue for whoever else holds the sockets: the way of an upgrade. Those
         that are open go on, each until its next answer has been sent."""
         self._stop_listening()
-        self._handler.leaving = True
+        self._handler.leave()
 
     async def finish(self, timeout_s: float) -> bool:
         """After `stop_accepting`: let what is in flight finish; True when all of it did in time. Connections that
@@ -183,7 +183,7 @@ class Server:
     async def close(self) -> None:
         """Stop listening, end what is left with an error event or a 503, close every connection. Idempotent."""
         self._stop_listening()
-        self._handler.draining = True
+        self._handler.drain()
         self._handler.cut_off()
         for listener in self._listeners:
             listener.cut_off()

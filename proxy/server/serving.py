@@ -136,7 +136,7 @@ class Serving:
         """New requests follow this configuration; those in flight keep the one they began with. Raises OverflowError,
         and has changed nothing, where `counters` have no room for its limits."""
         providers = _providers_of(config, secrets)
-        self._handler.state = self._state(config, secrets, providers)
+        self._handler.configure(self._state(config, secrets, providers))
         self._config = config
         old, self._providers = self._providers, providers
         self._retire(old)

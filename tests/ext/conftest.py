@@ -17,8 +17,12 @@ CLASSES = {
     "rate_counters": ("RateCounters",),
     "body_scan": (),
     "json_lines": (),
+    "tally": ("Histogram", "Tally"),
+    "occupancy": ("Occupancy",),
     "relay": (),
 }
+# to make one of them
+ARGUMENTS = {"Capacity": (1,), "WeightedSemaphore": (1,), "Histogram": ((1.0,),), "Tally": ((1.0,),)}
 
 # Machines that run these differ tenfold in speed, and a counterexample must be found again by anyone. The fuzz run of
 # docs/ext.md takes new random input each time and as much as it is told.

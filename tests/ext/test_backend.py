@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ext import backend
-from tests.ext.conftest import CLASSES
+from tests.ext.conftest import ARGUMENTS, CLASSES
 
 # An editable install finds in the checkout what a copy of it lacks; the copy is to be seen as it is.
 ALONE = (
@@ -37,7 +37,7 @@ def test_the_native_modules_are_compiled_and_typed(name):
     module = importlib.import_module(f"ext._{name}")
     assert module.__file__.endswith((".so", ".pyd"))
     for each in CLASSES[name]:
-        instance = getattr(module, each)(*([1] if each in ("Capacity", "WeightedSemaphore") else []))
+        instance = getattr(module, each)(*ARGUMENTS.get(each, ()))
         # Fields in C, not in a dict: what an untyped build of the same source would have.
         assert not hasattr(instance, "__dict__")
         with pytest.raises(AttributeError):
@@ -51,7 +51,7 @@ def test_the_native_modules_are_compiled_and_typed(name):
 def test_the_twins_have_the_same_public_names(name):
     pure, native = (importlib.import_module(f"ext._{name}{suffix}") for suffix in ("_py", ""))
     for each in CLASSES[name]:
-        made = [getattr(m, each)(*([1] if each in ("Capacity", "WeightedSemaphore") else [])) for m in (pure, native)]
+        made = [getattr(m, each)(*ARGUMENTS.get(each, ())) for m in (pure, native)]
         names = [{n for n, _ in getmembers(twin) if not n.startswith("_")} for twin in made]
         assert names[0] == names[1]
 

@@ -94,7 +94,7 @@ async def test_closing_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytes
     for at in range(2000):
         log.write(outcome(at))
     await log.close()
-    while log._writer._thread.is_alive():
+    while log.writer._thread.is_alive():
         with contextlib.suppress(BlockingIOError):
             os.read(reader, 1 << 20)
         await asyncio.sleep(0.001)
@@ -108,7 +108,7 @@ async def test_closing_in_the_middle_of_a_batch_is_not_missed(tmp_path: Path, mo
         log.write(outcome(0))
         await asyncio.sleep(at * 1e-6)
         await log.close()
-        assert not log._writer._thread.is_alive()
+        assert not log.writer._thread.is_alive()
         assert ids(tmp_path / f"log{at}") == ["r0"]
 
 

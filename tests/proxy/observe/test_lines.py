@@ -52,9 +52,9 @@ async def test_a_full_disk_costs_no_line_and_is_told_once(
 ) -> None:
     caplog.set_level(logging.WARNING, "vramp.lines")
     disk.does = full
-    writer = LineWriter("the log", str(tmp_path / "log"), line_of, 1000)
+    writer = LineWriter("the log", str(tmp_path / "log"), 1000)
     for at in range(10):
-        writer.put(outcome(at))
+        writer.put(line_of(0.0, outcome(at)))
         await until(lambda at=at: writer.failures > at)  # type: ignore[misc]
     disk.does = disk.real
     await until(lambda: (tmp_path / "log").read_bytes().count(b"\n") == 10)
@@ -77,10 +77,10 @@ async def test_a_line_that_is_cut_short_goes_again_as_a_whole(tmp_path: Path, di
             raise FULL
         return real(fd, data[:size])
 
-    writer = LineWriter("the log", str(tmp_path / "log"), line_of, 1000)
+    writer = LineWriter("the log", str(tmp_path / "log"), 1000)
     disk.does = short
     for at in range(5):
-        writer.put(outcome(at))
+        writer.put(line_of(0.0, outcome(at)))
     await until(lambda: not sizes)
     await writer.close()
     readable = []
@@ -94,17 +94,17 @@ async def test_a_line_that_is_cut_short_goes_again_as_a_whole(tmp_path: Path, di
 
 async def test_what_is_lost_at_the_end_is_counted(tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     disk.does = full
-    writer = LineWriter("the log", str(tmp_path / "log"), line_of, 1000)
+    writer = LineWriter("the log", str(tmp_path / "log"), 1000)
     for at in range(3):
-        writer.put(outcome(at))
+        writer.put(line_of(0.0, outcome(at)))
     await writer.close()
     assert "3 lines are lost" in caplog.records[-1].getMessage()
 
 
 async def test_two_writers_of_one_file_tear_no_line(tmp_path: Path, disk: Disk) -> None:
-    writers = [LineWriter("the log", str(tmp_path / "log"), line_of, 100_000) for _ in range(2)]
+    writers = [LineWriter("the log", str(tmp_path / "log"), 100_000) for _ in range(2)]
     for at in range(5000):
-        writers[at % 2].put(outcome(at))
+        writers[at % 2].put(line_of(0.0, outcome(at)))
         if at % 500 == 0:
             await until(lambda: not writers[0].pending)
     for writer in writers:
@@ -117,9 +117,9 @@ async def test_a_loop_that_is_never_idle_does_not_hold_up_the_lines(tmp_path: Pa
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.01)
     try:
-        writer = LineWriter("the log", str(tmp_path / "log"), lambda _at, _outcome: b"a line\n", 100_000)
-        for at in range(20_000):
-            writer.put(outcome(at))
+        writer = LineWriter("the log", str(tmp_path / "log"), 100_000)
+        for _ in range(20_000):
+            writer.put(b"a line\n")
         pauses, left = 0, len(writer.pending)
         while left and pauses < 20:  # a machine that is busy elsewhere may add one now and then
             now = len(writer.pending)
@@ -141,9 +141,9 @@ async def test_a_pipe_gets_whole_lines_in_writes_that_stay_in_one_piece(tmp_path
         return disk.real(fd, data)
 
     disk.does = write
-    writer = LineWriter("the log", str(tmp_path / "pipe"), line_of, 1000)
+    writer = LineWriter("the log", str(tmp_path / "pipe"), 1000)
     for at in range(60):
-        writer.put(outcome(at))
+        writer.put(line_of(0.0, outcome(at)))
     await writer.close()
     os.close(reader)
     assert b"".join(pieces).count(b"\n") == 60

@@ -17,11 +17,9 @@ def outcome(model: str = "m", status: int = 200, **more: object) -> Outcome:
 
 def counted(*outcomes: Outcome, begun: int = 0) -> Metrics:
     metrics = Metrics()
+    metrics.in_flight = lambda: begun
     for each in outcomes:
-        metrics.started()
         metrics.finished(each)
-    for _ in range(begun):
-        metrics.started()
     return metrics
 
 
@@ -32,7 +30,7 @@ def page(metrics: Metrics) -> list[str]:
 def test_counts_of_several_processes_are_added_up_on_one_page() -> None:
     first = counted(outcome(prompt_tokens=3, output_tokens=4), outcome(status=503), begun=1)
     second = counted(outcome(output_tokens=6, queue_s=2.0), outcome("n"), begun=2)
-    sent = [msgspec.msgpack.decode(msgspec.msgpack.encode(each.counts), type=Counts) for each in (first, second)]
+    sent = [msgspec.msgpack.decode(msgspec.msgpack.encode(each.snapshot()), type=Counts) for each in (first, second)]
     lines = page(Metrics(lambda: sent))
     early, late = 'backend="local/sim",class="standard"', 'model="m"'
     labels = f"{early},{late}"
@@ -48,6 +46,7 @@ def test_counts_of_several_processes_are_added_up_on_one_page() -> None:
 
 def test_a_page_adds_up_anew_each_time() -> None:
     first = counted(outcome())
-    both = Metrics(lambda: [first.counts])
+    sent = first.snapshot()
+    both = Metrics(lambda: [sent])
     assert page(both) == page(both)
-    assert first.counts.series["m", "local/sim", "standard"].statuses == {2: 1}
+    assert sent.series["m", "local/sim", "standard"].statuses == {2: 1}

@@ -21,7 +21,6 @@ from proxy.gate.keys import Keys
 from proxy.observe import lines
 from proxy.observe.access_log import AccessLog
 from proxy.observe.metrics import Metrics
-from proxy.observe.outcome import Outcome
 from proxy.providers.openai import OpenAIProvider
 from proxy.server.handler import Handler
 from proxy.server.http import Limits, Server, start
@@ -39,9 +38,9 @@ class CountingLog(AccessLog):
 
     taken = 0
 
-    def write(self, outcome: Outcome) -> None:
+    def take(self, line: bytes) -> None:
         self.taken += 1
-        super().write(outcome)
+        super().take(line)
 
 
 class CountingUsage(UsageLog):
@@ -49,9 +48,9 @@ class CountingUsage(UsageLog):
 
     taken = 0
 
-    def write(self, outcome: Outcome) -> None:
-        self.taken += bool(outcome.tenant)
-        super().write(outcome)
+    def take(self, line: bytes) -> None:
+        self.taken += 1
+        super().take(line)
 
 
 class Proxy:
@@ -103,7 +102,7 @@ class Proxy:
         named = Keys(NamedKey(f"tenant-{at}", Secret(key, "literal")) for at, key in enumerate(keys))
         self.state = State.of(config, Catalog(config), named, providers, self.counters)
         if hasattr(self, "handler"):
-            self.handler.state = self.state
+            self.handler.configure(self.state)
 
     async def start(self) -> None:
         self.configure()

@@ -308,11 +308,11 @@ async def test_a_stranger_with_a_large_body_is_refused_before_it_is_read(proxy: 
 
 
 async def test_a_bug_of_ours_is_a_500_without_a_traceback(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    proxy.handler.state = msgspec.structs.replace(proxy.state, providers={})
+    proxy.handler.configure(msgspec.structs.replace(proxy.state, providers={}))
     response = await proxy.chat()
     assert response.status == 500
     assert openai_error(await response.read())["code"] == "internal"
     assert response.headers["x-request-id"] in caplog.text
     caplog.clear()
-    proxy.handler.state = proxy.state
+    proxy.handler.configure(proxy.state)
     await proxy.still_works()

@@ -110,7 +110,8 @@ def configure(proxy: Proxy, kind: str = "vllm", window_ms: float = 1000.0) -> Wi
     window = Window()
     if window_ms:
         packer = Packer(window_ms / 1000, window)
-        proxy.state = proxy.handler.state = msgspec.structs.replace(proxy.state, packer=packer)
+        proxy.state = msgspec.structs.replace(proxy.state, packer=packer)
+        proxy.handler.configure(proxy.state)
     return window
 
 
