@@ -22,7 +22,7 @@ NAMES = (
     "occupancy",
     "relay",
 )
-PARTS = ("tls",)  # of those, without a twin of their own
+PARTS = ("gate", "tls")  # of those, without a twin of their own
 # No fused multiply-add: the twins must agree to the last bit on every machine.
 FLAGS = [] if sys.platform == "win32" else ["-O3", "-std=c++17", "-ffp-contract=off"]
 

@@ -492,14 +492,13 @@ cdef Text _object_said(Text p, Text end, Part part, Said* said) noexcept nogil:
         p = _blanks(p + 1, end)
 
 
-cdef inline object _said_first(long long one, long long two):
-    return one if one >= 0 else two if two >= 0 else None
+cdef inline long long _said_first(long long one, long long two) noexcept nogil:
+    return one if one >= 0 else two
 
 
-def read_answer(bytes body not None):
-    """See the pure twin."""
-    cdef Text p = <Text>PyBytes_AS_STRING(body)
-    cdef Text end = p + PyBytes_GET_SIZE(body)
+cdef bint read_answer_into(Text p, Py_ssize_t size, Answered* answered) noexcept:
+    """What a plain answer says of itself; False where it is not ordinary JSON."""
+    cdef Text end = p + size
     cdef Said said
     cdef int i
     for i in range(COUNTS):
@@ -507,13 +506,25 @@ def read_answer(bytes body not None):
     said.reason = NULL
     p = _blanks(p, end)
     if p == end:
-        return None
+        return False
     p = _object_said(p, end, ANSWER, &said)
     if p == NULL or _blanks(p, end) != end:
+        return False
+    answered.prompt = _said_first(said.count[PROMPT], said.count[INPUT])
+    answered.cached = _said_first(said.count[CACHED], said.count[CACHE_READ])
+    answered.output = _said_first(said.count[COMPLETION], said.count[OUTPUT])
+    answered.reason, answered.reason_size = <const char*>said.reason, said.reason_size
+    return True
+
+
+cdef inline object _known(long long count):
+    return count if count >= 0 else None
+
+
+def read_answer(bytes body not None):
+    """See the pure twin."""
+    cdef Answered said
+    if not read_answer_into(<Text>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), &said):
         return None
-    return (
-        _said_first(said.count[PROMPT], said.count[INPUT]),
-        _said_first(said.count[CACHED], said.count[CACHE_READ]),
-        _said_first(said.count[COMPLETION], said.count[OUTPUT]),
-        None if said.reason == NULL else PyUnicode_DecodeUTF8(<const char*>said.reason, said.reason_size, NULL),
-    )
+    reason = None if said.reason == NULL else PyUnicode_DecodeUTF8(said.reason, said.reason_size, NULL)
+    return _known(said.prompt), _known(said.cached), _known(said.output), reason

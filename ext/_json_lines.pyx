@@ -55,7 +55,7 @@ cdef bint _name(object name) except -1:
     return True
 
 
-cdef void _whole(unsigned long long number) noexcept:
+cdef void put_whole(string* line, unsigned long long number) noexcept:
     cdef char digits[20]
     cdef int at = 20
     while True:
@@ -64,29 +64,29 @@ cdef void _whole(unsigned long long number) noexcept:
         number //= 10
         if number == 0:
             break
-    _line.append(digits + at, 20 - at)
+    line.append(digits + at, 20 - at)
 
 
-cdef void _signed(long long number) noexcept:
+cdef void _signed(string* line, long long number) noexcept:
     cdef unsigned long long size = <unsigned long long>number
     if number < 0:
-        _line.push_back(45)
+        line.push_back(45)
         size = -size
-    _whole(size)
+    put_whole(line, size)
 
 
-cdef void _in_steps(double value) noexcept:
+cdef void put_steps(string* line, double value) noexcept:
     """Write it as Python writes a float of whole steps: at least one digit behind the point, no zeros at the end."""
     cdef long long steps = llrint(value * STEPS)
     cdef int rest, unit = STEPS // 10
     if steps < 0:
-        _line.push_back(45)
+        line.push_back(45)
         steps = -steps
-    _whole(steps // STEPS)
-    _line.push_back(46)
+    put_whole(line, steps // STEPS)
+    line.push_back(46)
     rest = <int>(steps % STEPS)
     while True:
-        _line.push_back(<char>(48 + rest // unit))
+        line.push_back(<char>(48 + rest // unit))
         rest %= unit
         if rest == 0:
             return
@@ -104,12 +104,12 @@ cdef bint _value(object value) except -1:
     elif PyFloat_CheckExact(value):
         if not fabs(PyFloat_AS_DOUBLE(value)) < LARGE:
             return False
-        _in_steps(PyFloat_AS_DOUBLE(value))
+        put_steps(&_line, PyFloat_AS_DOUBLE(value))
     elif PyLong_CheckExact(value):
         number = PyLong_AsLongLongAndOverflow(value, &overflow)
         if overflow:
             return False
-        _signed(number)
+        _signed(&_line, number)
     elif PyBool_Check(value):
         _line.append(b"true" if value is True else b"false")
     else:

@@ -28,8 +28,6 @@ from math import inf
 from ext._rate_counters_py import CONCURRENCY, REQUESTS, TOKENS, Refusal, Remaining
 from ext.errors import NotHeld
 
-ctypedef long long int64
-
 # The compiler's own atomics: C++17 has none for memory that was there before, and these cells are other processes' too.
 cdef extern from *:
     """
@@ -57,7 +55,6 @@ cdef double _INF = inf
 cdef int64 _MAX_UNITS = 1LL << 60
 cdef enum:
     HASH, REQUESTS_AT, TOKENS_AT, IN_USE  # cells of a row; the last is the first of one for each process
-    LINES = 512  # more than all header lines of a grant take
 
 WINDOW_S = _WINDOW_S
 MAX_UNITS = _MAX_UNITS
@@ -131,16 +128,8 @@ cdef int64 _left(double reset_s, int64 per_minute) noexcept:
     return <int64>left if left > 0 else 0
 
 
-@cython.final
 cdef class Meter:
     """The limits of one name on its counts. See the pure twin."""
-
-    cdef readonly str name
-    cdef readonly int64 requests_per_minute, tokens_per_minute, concurrency
-    cdef double request_s, token_s  # of the window, each
-    cdef int64 *row
-    cdef int process, processes
-    cdef object memory  # keeps the row where it is
 
     def __init__(self):
         raise TypeError("use RateCounters.meter")
@@ -222,15 +211,9 @@ cdef class Meter:
         )
 
 
-@cython.final
 @cython.freelist(256)
 cdef class Grant:
     """What was reserved. See the pure twin."""
-
-    cdef Meter first, second
-    cdef int64 first_cost, second_cost
-    cdef bint held
-    cdef readonly str headers
 
     def __init__(self):
         raise TypeError("use RateCounters.reserve")
@@ -240,24 +223,73 @@ cdef class Grant:
         cdef int64 tokens = -1 if used is None else _count(used, "used")
         _check_time(now)
         self._give_up()
-        if self.first is not None:
-            self.first._settle(0 if tokens < 0 else tokens - self.first_cost, now)
-        if self.second is not None:
-            self.second._settle(0 if tokens < 0 else tokens - self.second_cost, now)
+        settle(self.first, self.second, self.first_cost, self.second_cost, tokens, now)
 
     def cancel(self):
         """There was no request after all: everything is as if nothing had been reserved."""
         self._give_up()
-        if self.first is not None:
-            self.first._cancel(self.first_cost)
-        if self.second is not None:
-            self.second._cancel(self.second_cost)
+        cancel(self.first, self.second, self.first_cost, self.second_cost)
 
     cdef int _give_up(self) except -1:
         if not self.held:
             raise NotHeld("this grant was settled or cancelled before")
         self.held = False
         return 0
+
+
+cdef bint reserve(
+    Meter first, Meter second, int64 stated, int64 guessed, double now,
+    int64 *first_cost, int64 *second_cost, Short *short,
+) noexcept:
+    """Take from both meters, or from neither: False, and what there is too little of."""
+    cdef int limit = 0, other_limit = 0
+    cdef double wait_s, other_wait_s
+    first_cost[0] = 0 if first is None else first._cost(stated, guessed)
+    second_cost[0] = 0 if second is None else second._cost(stated, guessed)
+    while True:
+        wait_s = other_wait_s = -1.0
+        if first is not None:
+            wait_s = first._check(stated, guessed, now, &limit)
+        if second is not None:
+            other_wait_s = second._check(stated, guessed, now, &other_limit)
+        if wait_s >= 0.0 or other_wait_s >= 0.0:
+            short.of_second = other_wait_s > wait_s
+            short.limit = other_limit if short.of_second else limit
+            short.wait_s = other_wait_s if short.of_second else wait_s
+            return False
+        if first is not None and not first._take(first_cost[0], now):
+            continue
+        if second is None or second._take(second_cost[0], now):
+            return True
+        if first is not None:
+            first._cancel(first_cost[0])
+
+
+cdef void settle(
+    Meter first, Meter second, int64 first_cost, int64 second_cost, int64 used, double now
+) noexcept:
+    """What was reserved is over and used so many tokens; -1: nobody knows, and it stays taken."""
+    if first is not None:
+        first._settle(0 if used < 0 else used - first_cost, now)
+    if second is not None:
+        second._settle(0 if used < 0 else used - second_cost, now)
+
+
+cdef void cancel(Meter first, Meter second, int64 first_cost, int64 second_cost) noexcept:
+    """As if nothing had been reserved."""
+    if first is not None:
+        first._cancel(first_cost)
+    if second is not None:
+        second._cancel(second_cost)
+
+
+cdef Grant grant_of(Meter first, Meter second, int64 first_cost, int64 second_cost, str headers):
+    """What `reserve` took, for Python to settle or to cancel."""
+    cdef Grant grant = Grant.__new__(Grant)
+    grant.first, grant.second, grant.held = first, second, True
+    grant.first_cost, grant.second_cost = first_cost, second_cost
+    grant.headers = headers
+    return grant
 
 
 cdef class RateCounters:
@@ -309,32 +341,13 @@ cdef class RateCounters:
     def reserve(self, Meter first, Meter second, stated, guessed, double now):
         """Take one request, one of the concurrency and the tokens from both meters, or from neither."""
         cdef int64 to_state = _count(stated, "stated"), to_guess = _count(guessed, "guessed")
-        cdef Grant grant = Grant.__new__(Grant)
-        cdef int limit = 0, other_limit = 0
-        cdef double wait_s, other_wait_s
+        cdef int64 first_cost = 0, second_cost = 0
+        cdef Short short
         _check_time(now)
-        grant.first, grant.second, grant.held = first, second, True
-        if first is not None:
-            grant.first_cost = first._cost(to_state, to_guess)
-        if second is not None:
-            grant.second_cost = second._cost(to_state, to_guess)
-        while True:
-            wait_s = other_wait_s = -1.0
-            if first is not None:
-                wait_s = first._check(to_state, to_guess, now, &limit)
-            if second is not None:
-                other_wait_s = second._check(to_state, to_guess, now, &other_limit)
-            if wait_s >= 0.0 or other_wait_s >= 0.0:
-                if other_wait_s > wait_s:
-                    return Refusal(second, _limit_name(other_limit), other_wait_s, _headers(first, second, now))
-                return Refusal(first, _limit_name(limit), wait_s, _headers(first, second, now))
-            if first is not None and not first._take(grant.first_cost, now):
-                continue
-            if second is None or second._take(grant.second_cost, now):
-                grant.headers = _headers(first, second, now)
-                return grant
-            if first is not None:
-                first._cancel(grant.first_cost)
+        if reserve(first, second, to_state, to_guess, now, &first_cost, &second_cost, &short):
+            return grant_of(first, second, first_cost, second_cost, _headers(first, second, now))
+        meter = second if short.of_second else first
+        return Refusal(meter, _limit_name(short.limit), short.wait_s, _headers(first, second, now))
 
     def forget(self, int process):
         """This process is gone: what it had in use is free again."""
@@ -382,9 +395,13 @@ cdef str _limit_name(int limit):
 
 cdef str _headers(Meter first, Meter second, double now):
     cdef char lines[LINES]
+    return PyUnicode_DecodeASCII(lines, header_lines(lines, first, second, now), NULL)
+
+
+cdef Py_ssize_t header_lines(char *lines, Meter first, Meter second, double now) noexcept:
+    """Write what is left of both, at most `LINES` bytes; how many there were."""
     cdef char *end = _lines(lines, b"requests", first, second, now, REQUESTS_AT)
-    end = _lines(end, b"tokens", first, second, now, TOKENS_AT)
-    return PyUnicode_DecodeASCII(lines, end - lines, NULL)
+    return _lines(end, b"tokens", first, second, now, TOKENS_AT) - lines
 
 
 cdef inline int64 _limit_of(Meter meter, int cell) noexcept:

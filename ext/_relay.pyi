@@ -1,15 +1,18 @@
 """The protocol between the relay and Python. Theory: `_relay.pyx`. Spans are in seconds."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from ssl import SSLContext
 from typing import Any, Protocol
 
+from ext._gate import Gate
 from ext.body_scan import Spans
+from ext.rate_counters import Grant
+from ext.sse import EventScanner
 
 class Exchange(Protocol):
     """One request that was decided. After `whole`, `ended` or `failed` nothing else is called."""
 
-    def scan(self, headers: dict[str, str]) -> Callable[[bytes], bytes]:
+    def scan(self, headers: dict[str, str]) -> EventScanner:
         """The answer is an event stream: what each piece of it goes through."""
 
     def begin(self, events: bytes) -> tuple[bytes, bool]:
@@ -33,6 +36,12 @@ class Owner(Protocol):
     def decide(self, client: Client) -> Exchange | None:
         """The exchange of a whole request, after `client.forward`; None to hand it over. Never waits."""
 
+    def resume(self, client: Client) -> Exchange:
+        """The exchange of a request that went by `client.flow`: something is to be asked of it."""
+
+    def date(self) -> bytes:
+        """The last line of a head, its date, and the empty line."""
+
     def hand_over(self, fd: int, data: bytes, exchange: Exchange | None) -> None:
         """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it."""
 
@@ -54,6 +63,31 @@ class Pool:
     def port(self) -> int: ...
     @property
     def idle(self) -> int: ...
+
+class Flow:
+    """Where requests of one kind go. `origin` is whatever Python needs to go on with one of them.
+
+    `head` is that of the request upstream, without its length. `changes` are (which member of the body, its new value):
+    0 `model`, 1 `stream_options`, 2 `priority`, -1 what is put before the first. `bounds` are those of `Client.scan`,
+    `stream_lines` what every stream's head has after its content type. Until `until_s` on the relay's clock.
+    """
+
+    def __init__(
+        self,
+        origin: object,
+        gate: Gate,
+        pool: Pool,
+        head: bytes,
+        changes: list[tuple[int, bytes]],
+        limits: Limits,
+        *,
+        bounds: tuple[int, int, int],
+        stream_lines: bytes,
+        withhold_usage: bool,
+        until_s: float,
+    ) -> None: ...
+    @property
+    def origin(self) -> Any: ...
 
 class Limits:
     """Limits of the waits of an exchange, in seconds."""
@@ -96,8 +130,31 @@ class Client:
 
         The same path, the same kept headers and the same short form, byte for byte.
         """
-    def remember(self, memo: object) -> None:
-        """Keep this as `memo` until a request here says something else."""
+    @property
+    def kind(self) -> bytes:
+        """What `memo` stands for: path, kept headers and short form as one text. It may hold a key. After `scan`."""
+    def remember(self, memo: object, flow: Flow | None = None) -> None:
+        """Keep this as `memo` until a request here says something else; those that say the same go by the flow."""
+    @property
+    def flow(self) -> Flow | None:
+        """The flow that the request goes by; the rest is known of such a request only."""
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def began_s(self) -> float: ...
+    def take_grant(self) -> Grant | None:
+        """What was reserved for it; to be settled by whoever takes it."""
+    @property
+    def scanner(self) -> EventScanner | None: ...
+    @property
+    def passed(self) -> dict[str, str]:
+        """The headers of its answer that are passed on."""
+    @property
+    def output_s(self) -> float:
+        """When its stream's first output went out, on the relay's clock; 0 before."""
+    @property
+    def first_bytes_out(self) -> int:
+        """How many bytes of the body that was."""
     def forward(self, pool: Pool, head: bytes, edits: list[tuple[int, int, bytes]], limits: Limits) -> None:
         """Send the request when `decide` returns: this head, the body's length, the body.
 
@@ -125,10 +182,14 @@ class Relay:
         passed_families: Iterable[str],
         keepalive_s: float,
     ) -> None: ...
+    passing: bool
+    """Whether requests go by flows; if not, Python is asked about each."""
     @property
     def now_s(self) -> float: ...
     @property
     def connections(self) -> int: ...
+    def forget_flows(self) -> None:
+        """No request goes by a flow that there is now; those under way go on."""
     def fileno(self) -> int: ...
     def listen(self, fd: int, watched: bool = True) -> Listener: ...
     def stop_listening(self) -> None: ...

@@ -3,14 +3,19 @@
 """The relay: sockets, HTTP/1.1 framing and time limits of calls that go straight through, in native code.
 
 It lives in an epoll descriptor of its own, which any event loop can watch: whenever that is readable, `pump` handles
-what is ready. Python is entered for decisions: once for a request, once at the end of its answer, and for a stream once
-at its first output. It is a *recogniser*, not an HTTP server. What is not exactly one of a few kinds of request,
-written in a narrow grammar, goes with its connection and all of its bytes to whoever `hand_over` gives it.
+what is ready. Python is entered for decisions: once for a request, once at the end of its answer, and for a stream
+once at its first output. For requests of a kind that it has decided on before it is not entered at all: they go by the
+`Flow` that it left for them, until something out of the ordinary becomes of one, which is Python's from there on
+(`resume`). Open vSwitch keeps such a cache of flows before its slow path (Pfaff et al., NSDI 2015).
 
-    client --head, body--> decide --forward--> upstream --head--> body | events --> client
+It is a *recogniser*, not an HTTP server. What is not exactly one of a few kinds of request, written in a narrow
+grammar, goes with its connection and all of its bytes to whoever `hand_over` gives it.
+
+    client --head, body--> flow | decide --forward--> upstream --head--> body | events --> client
        \\--- not recognised, not decided, failed before the answer began: hand_over
 
 What always holds:
+- a request that goes by a flow becomes Python's at most once, and whoever has it then settles it;
 - what Python is not asked for is not made: headers and short forms are compared as bytes with the last request's, so
   that a caller who says the same again, but for its messages, costs a comparison (`Client.memo`);
 - a client's request stays in its buffer until the answer begins, so until then it can be handed over or sent again;
@@ -23,16 +28,20 @@ Its twin is the ordinary lane of the proxy's server. The protocol with Python is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.unicode cimport PyUnicode_DecodeUTF8
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove
+from libc.time cimport time, time_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from ext._body_scan cimport Places, scan_into, spans_of
+from ext._body_scan cimport Answered, Places, read_answer_into, scan_into, spans_of
+from ext._gate cimport Gate, Ride
+from ext._json_lines cimport put_whole
+from ext._sse cimport EventScanner
 from ext._tls cimport RECORD, Tls
 
 cdef extern from *:
@@ -358,6 +367,75 @@ cdef class Limits:
         self.stall = <long long>(stall_s * SECOND)
 
 
+cdef struct Edit:
+    size_t start, end
+    const char* text
+    size_t size
+
+
+cdef class Flow:
+    """Where requests of one kind go, and through which gate. See `_relay.pyi`."""
+
+    cdef readonly object origin
+    cdef Gate _gate
+    cdef Pool _pool
+    cdef bytes _head
+    cdef Limits _limits
+    cdef list _texts
+    cdef vector[int] _members  # of the body, which the texts replace; -1: before the first
+    cdef string _streams
+    cdef bint _withholds
+    cdef long long _until
+    cdef size_t _max_head, _max_body
+    cdef int _max_depth
+
+    def __init__(
+        self, origin, Gate gate not None, Pool pool not None, bytes head not None, changes, Limits limits not None, *,
+        tuple bounds not None, bytes stream_lines not None, bint withhold_usage, double until_s,
+    ):
+        self.origin, self._gate, self._pool, self._head, self._limits = origin, gate, pool, head, limits
+        self._texts = [text for _, text in changes]
+        self._members = [member for member, _ in changes]
+        self._max_head, self._max_body, self._max_depth = bounds
+        self._streams = stream_lines
+        self._withholds = withhold_usage
+        self._until = <long long>(until_s * SECOND) if until_s < 1e9 else NEVER
+
+    cdef void _lines(self, const string* passed, string* lines) noexcept:
+        """The lines of a stream's head: what it is, what we say of every stream, then the upstream's others."""
+        cdef const char* line = passed.data()
+        cdef const char* end = line + passed.size()
+        cdef const char* following
+        lines.assign(self._streams)
+        while line < end:
+            following = <const char*>memchr(line, 10, end - line) + 1
+            if following - line > 14 and memcmp(line, b"content-type: ", 14) == 0:
+                lines.insert(0, line, following - line)
+            else:
+                lines.append(line, following - line)
+            line = following
+
+    cdef int _edits(self, const Places* places, vector[Edit]* edits) except -1:
+        """The changes at their places in a body, in order."""
+        cdef Edit edit
+        cdef size_t i, at
+        cdef bytes text
+        for i in range(self._members.size()):
+            text = <bytes>self._texts[i]
+            edit.text, edit.size = PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text)
+            if self._members[i] < 0:
+                edit.start = edit.end = places.first
+            else:
+                edit.start, edit.end = places.start[self._members[i]], places.end[self._members[i]]
+            at = edits.size()
+            edits.push_back(edit)
+            while at and edits[0][at - 1].start > edit.start:
+                edits[0][at] = edits[0][at - 1]
+                at -= 1
+            edits[0][at] = edit
+        return 0
+
+
 cdef class Conn:
     """One socket in the relay's epoll descriptor, with what could not be written to it yet."""
 
@@ -663,14 +741,20 @@ cdef class Client(Conn):
     cdef Places _places  # of the request, once it is scanned
     cdef dict _headers
     cdef readonly object memo
+    cdef Flow _flow  # of the kind of request that `memo` is of
+    cdef unsigned long long _generation  # of that flow
     cdef str _path
-    cdef object _exchange, _feed
+    cdef object _exchange  # of the request that is under way; while it is `_riding`, the flow that it goes by
+    cdef EventScanner _scanner
+    cdef Ride _ride
+    cdef string _rates
     cdef Upstream _up
     cdef Pool _pool
     cdef bytes _request_head
-    cdef list _edits
+    cdef vector[Edit] _edits
+    cdef list _edited  # keeps the texts of Python's edits
     cdef readonly bint started  # something of the answer is out: it cannot be handed over any more
-    cdef bint _committed, _retried, _deciding
+    cdef bint _committed, _retried, _riding, _scanned
     cdef readonly long long bytes_out
     cdef int _why
     cdef long long _total, _first_ns
@@ -711,7 +795,7 @@ cdef class Client(Conn):
     @property
     def body_size(self):
         """Bytes of the request's body."""
-        return self._body
+        return self._ride.bytes_in if self._riding else self._body
 
     @property
     def body(self):
@@ -728,6 +812,9 @@ cdef class Client(Conn):
 
         After this `memo` is that of a request which said the same.
         """
+        return self._scanned or self._scan(max_head, max_body, max_depth)
+
+    cdef bint _scan(self, size_t max_head, size_t max_body, int max_depth) except -1:
         cdef const unsigned char* body = <unsigned char*>self._in + self._head
         cdef string* short = &self._relay._text
         if self._head > max_head or self._body > max_body:
@@ -736,8 +823,13 @@ cdef class Client(Conn):
             return False
         if short[0] != self._short:
             self._short.assign(short[0])
-            self.memo = None
+            self._forget_kind()
+        self._scanned = True
         return True
+
+    cdef void _forget_kind(self) noexcept:
+        """The request is not of the kind of the last one."""
+        self.memo = self._flow = None
 
     @property
     def short(self):
@@ -749,14 +841,72 @@ cdef class Client(Conn):
         """Where in the body its members are that may be spliced. After `scan`."""
         return spans_of(&self._places)
 
-    def remember(self, memo):
-        """Keep this as `memo` for the next request here with the same path, kept headers and short form."""
-        self.memo = memo
+    @property
+    def kind(self):
+        """Path, kept headers and short form as one text. After `scan`."""
+        cdef bytes path = self._path.encode("ascii")
+        return b"%b\0%b\0%b" % (path, <bytes>self._said, <bytes>self._short)
+
+    def remember(self, memo, Flow flow=None):
+        """Keep this as `memo` for the next request here of this `kind`, and let it go by the flow if it can."""
+        self.memo, self._flow = memo, flow
+        self._generation = self._relay._generation
 
     def forward(self, Pool pool not None, bytes head not None, list edits not None, Limits limits not None):
         """Send the request there as soon as `decide` returns."""
-        self._pool, self._request_head, self._edits, self._limits = pool, head, edits, limits
+        cdef Edit edit
+        cdef bytes text
+        self._edits.clear()
+        for edit.start, edit.end, text in edits:
+            edit.text, edit.size = PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text)
+            self._edits.push_back(edit)
+        self._edited = edits
+        self._toward(pool, head, limits)
+
+    cdef void _toward(self, Pool pool, bytes head, Limits limits) noexcept:
+        self._pool, self._request_head, self._limits = pool, head, limits
         self._total = self._relay._now + limits.total
+
+    # ---- what Python asks of a request that went by a flow, and is to be its own from here on
+
+    @property
+    def flow(self):
+        """The flow that the request goes by."""
+        return self._exchange if self._riding else None
+
+    @property
+    def request_id(self):
+        """Its id."""
+        return (<Flow>self._exchange)._gate._request_id(&self._ride)
+
+    @property
+    def began_s(self):
+        """When it was here, on the relay's clock."""
+        return self._ride.began_s
+
+    def take_grant(self):
+        """What was reserved for it."""
+        return (<Flow>self._exchange)._gate._grant(&self._ride, &self._rates)
+
+    @property
+    def scanner(self):
+        """Of a stream, the scanner that it goes through; else None."""
+        return self._scanner
+
+    @property
+    def passed(self):
+        """The headers of its answer that are passed on."""
+        return {} if self._up is None else self._up._headers()
+
+    @property
+    def output_s(self):
+        """When the first output went out, on the relay's clock; 0 before."""
+        return self._ride.first_byte_s
+
+    @property
+    def first_bytes_out(self):
+        """How many bytes of the body went with that."""
+        return self._ride.bytes_out
 
     # ---- limits
 
@@ -925,8 +1075,9 @@ cdef class Client(Conn):
             return False
         if said[0] != self._said:
             self._said.assign(said[0])
-            self.memo = None
+            self._forget_kind()
         self._headers = None
+        self._scanned = False
         self._head, self._body = size, length
         return True
 
@@ -945,7 +1096,7 @@ cdef class Client(Conn):
             return NULL
         if path is not self._path:
             self._path = path
-            self.memo = None
+            self._forget_kind()
         return space + 11
 
     cdef bint _other(self, Field* field, unsigned long long* kept, string* said) except -1:
@@ -973,7 +1124,13 @@ cdef class Client(Conn):
     # ---- the exchange
 
     cdef int _decide(self) except -1:
-        exchange = self._relay._owner.decide(self)
+        cdef Flow flow = self._flow
+        self._riding = False
+        if flow is not None and self._relay.passing and self._is_good(flow):
+            if not self._scan(flow._max_head, flow._max_body, flow._max_depth):
+                return self._hand_over(None)
+            self._riding = self._flow is flow and self._rides(flow)
+        exchange = flow if self._riding else self._relay._owner.decide(self)
         if exchange is None:
             self._pool = None
             return self._hand_over(None)
@@ -982,6 +1139,33 @@ cdef class Client(Conn):
         self.bytes_out = self._first_ns = 0
         self._limit(self._limits.first_byte, K_FIRST_BYTE)
         return self._send()
+
+    cdef bint _is_good(self, Flow flow) noexcept:
+        return self._generation == self._relay._generation and self._relay._now < flow._until
+
+    cdef bint _rides(self, Flow flow) except -1:
+        """Go by the flow, if there is room for this request now."""
+        cdef const char* remote = NULL
+        cdef Py_ssize_t size = 0
+        self._ride.began_s = self._relay._now / 1e9
+        self._ride.bytes_in = self._body
+        if not flow._gate._admit(&self._ride, &self._rates):
+            return False
+        remote = PyUnicode_AsUTF8AndSize(self._remote, &size)
+        self._ride.remote, self._ride.remote_size = remote, size
+        self._edits.clear()
+        flow._edits(&self._places, &self._edits)
+        self._edited = flow._texts
+        self._toward(flow._pool, flow._head, flow._limits)
+        return True
+
+    cdef object _python(self):
+        """The exchange, for something to be asked of it: Python's own from now on."""
+        if self._riding:
+            exchange = self._relay._owner.resume(self)
+            self._riding = False
+            self._exchange = exchange
+        return self._exchange
 
     cdef int _send(self, bint fresh=False) except -1:
         """Send the request on an idle connection, or on a new one."""
@@ -1012,7 +1196,7 @@ cdef class Client(Conn):
             self._first_ns = self._relay._now
         if up._mode == EVENTS:
             if size:
-                self._events(self._feed(PyBytes_FromStringAndSize(data, size)))
+                self._events(self._scanner._feed(PyBytes_FromStringAndSize(data, size)))
         elif up._mode == THROUGH:
             if size:
                 up._remember(data, size)
@@ -1037,16 +1221,38 @@ cdef class Client(Conn):
         if size == 0:
             return 0
         if not self._committed:
-            first, self._committed = self._exchange.begin(events)
+            if self._riding and self._scanner.events:
+                return self._begin_ride(events)
+            first, self._committed = self._python().begin(events)
             if first:
                 self._answering()
             return self._write(first)
         self.bytes_out += size
         return self._write_chunk(PyBytes_AS_STRING(events), size)
 
+    cdef int _begin_ride(self, bytes events) except -1:
+        """The first output of a stream that goes by its flow."""
+        cdef string lines
+        cdef string* head = &self._relay._text
+        cdef Flow flow = <Flow>self._exchange
+        cdef iovec part
+        self._ride.first_byte_s = self._relay._now / 1e9
+        self._ride.bytes_out = PyBytes_GET_SIZE(events)
+        flow._lines(&self._up._passed, &lines)
+        flow._gate._head(&self._ride, &lines, &self._rates, head)
+        head.append(b"Transfer-Encoding: chunked\r\n")
+        head.append(self._relay._date_line())
+        self._committed = True
+        self._answering()
+        part.iov_base = <void*>head.data()
+        part.iov_len = head.size()
+        if not self._put(&part, 1):
+            return self._gone()
+        return self._write_chunk(PyBytes_AS_STRING(events), PyBytes_GET_SIZE(events))
+
     cdef int _begin_through(self) except -1:
         cdef Upstream up = self._up
-        head = self._exchange.large(up._status, up._headers, up._length)
+        head = self._python().large(up._status, up._headers(), up._length)
         up._mode = THROUGH
         self._committed = True
         self._answering()
@@ -1091,27 +1297,67 @@ cdef class Client(Conn):
     cdef int _end(self) except -1:
         """The upstream's answer is whole."""
         cdef Upstream up = self._up
-        up._release()
-        if up._mode == HELD:
-            body = PyBytes_FromStringAndSize(up._body, up._body_len)
-            answer = self._exchange.whole(up._status, up._headers, body)
-            if answer is None:
-                return self._hand_over(self._exchange)
-        else:
-            answer = self._exchange.ended(up._tail())
+        cdef Answered said
+        if up._mode != HELD:
+            exchange = self._python()
+            up._release()
+            answer = exchange.ended(up._tail())
             if answer is None:
                 return self._hopeless(self.started)
+            return self._over(answer)
+        if self._riding and up._is_plain() and read_answer_into(<unsigned char*>up._body, up._body_len, &said):
+            return self._end_ride(&said)
+        exchange, headers = self._python(), up._headers()
+        up._release()
+        body = PyBytes_FromStringAndSize(up._body, up._body_len)
+        answer = exchange.whole(up._status, headers, body)
+        if answer is None:
+            return self._hand_over(exchange)
         return self._over(answer)
+
+    cdef int _end_ride(self, const Answered* said) except -1:
+        """The whole answer of a request that went by its flow."""
+        cdef Upstream up = self._up
+        cdef string* head = &self._relay._text
+        cdef Flow flow = <Flow>self._exchange
+        cdef Ride* ride = &self._ride
+        cdef iovec parts[2]
+        cdef bint taken
+        ride.ended_s = self._relay._now / 1e9
+        ride.first_byte_s = self._first_ns / 1e9 if self._first_ns else ride.ended_s
+        ride.bytes_out = up._body_len
+        ride.prompt, ride.cached, ride.output = said.prompt, said.cached, said.output
+        ride.reason, ride.reason_size = said.reason, said.reason_size
+        flow._gate._head(ride, &up._passed, &self._rates, head)
+        head.append(b"Content-Length: ")
+        put_whole(head, up._body_len)
+        head.append(b"\r\n")
+        head.append(self._relay._date_line())
+        up._release()
+        self._riding = False
+        self._answering()
+        self._clear()
+        parts[0].iov_base, parts[0].iov_len = <void*>head.data(), head.size()
+        parts[1].iov_base, parts[1].iov_len = up._body, up._body_len
+        taken = self._put(parts, 2)
+        flow._gate._settle(ride)
+        return self._said_all() if taken else self._gone()
 
     cdef int _over(self, bytes rest) except -1:
         """Write the last bytes of an answer."""
         self._answering()
-        self._exchange = self._feed = self._pool = None
+        self._clear()
+        self._write(rest)
+        return 0 if self._closed else self._said_all()
+
+    cdef int _clear(self) except -1:
+        """No exchange is under way."""
+        self._exchange = self._scanner = self._pool = None
         self.started = False
         self._total = NEVER
-        self._write(rest)
-        if self._closed:
-            return 0
+        return 0
+
+    cdef int _said_all(self) except -1:
         self._limit(self._limits.stall, K_STALLED)
         return self._say()  # and when it is said, turn to the next
 
@@ -1135,7 +1381,8 @@ cdef class Client(Conn):
         self._head = self._body = self._searched = 0
         self._headers = None
         self._request_head = None
-        self._edits = None
+        self._edits.clear()
+        self._edited = None
         return 0
 
     cdef int _flushed(self, int state) except -1:
@@ -1159,13 +1406,14 @@ cdef class Client(Conn):
     cdef int _fail(self, int kind, str words) except -1:
         """The exchange ends without a whole answer. The upstream, if any, is told by closing its connection."""
         cdef bint begun = self.started
+        exchange = self._python()
         if self._up is not None:
             self._up._client = None
             self._up._drop(True)
             self._up = None
-        last = self._exchange.failed(kind, words)
+        last = exchange.failed(kind, words)
         if kind == K_LEFT or kind == K_STALLED:
-            self._exchange = self._feed = None
+            self._exchange = self._scanner = None
             return self._drop(True)
         return self._over(last) if last is not None else self._hopeless(begun)
 
@@ -1173,14 +1421,14 @@ cdef class Client(Conn):
         """Nothing can be said: cut off an answer that has begun, else the other lane may still help."""
         if not begun:
             return self._hand_over(self._exchange)
-        self._exchange = self._feed = None
+        self._exchange = self._scanner = None
         return self._drop(True)
 
     cdef int _hand_over(self, exchange) except -1:
         """Let the other lane go on with this connection."""
         cdef int fd = self._fd
         data = PyBytes_FromStringAndSize(self._in, self._in_len)
-        self._exchange = self._feed = self._pool = None
+        self._exchange = self._scanner = self._pool = None
         self._drop(False)
         self._relay._owner.hand_over(fd, data, exchange)
         return 0
@@ -1208,7 +1456,7 @@ cdef class Upstream(Conn):
 
     cdef Pool _pool
     cdef Client _client
-    cdef bint _connecting, _asking, _reused, _reusable, _refused
+    cdef bint _connecting, _asking, _reused, _reusable, _refused, _coded
     cdef char* _body  # the head while it is incomplete, then what is held of the body or of its tail
     cdef size_t _body_len, _body_cap
     cdef Framing _framing
@@ -1216,7 +1464,8 @@ cdef class Upstream(Conn):
     cdef Chunk _chunk
     cdef int _status, _digits
     cdef long long _length, _left
-    cdef dict _headers
+    cdef string _passed  # the lines of its head that are passed on
+    cdef bint _twice  # one of them is there twice
 
     def __dealloc__(self):
         free(self._body)
@@ -1240,7 +1489,6 @@ cdef class Upstream(Conn):
         self._framing, self._mode, self._chunk = HEAD, HELD, SIZE
         self._body_len = 0
         self._refused = False
-        self._headers = None
         self._asking = True
         return self._say()
 
@@ -1257,27 +1505,27 @@ cdef class Upstream(Conn):
         """Send the client's request, its body edited; False when the connection is dead."""
         cdef vector[iovec] parts
         cdef iovec part
-        cdef size_t at = 0, start, end
+        cdef size_t at = 0
         cdef char* body = client._in + client._head
-        cdef bytes new
+        cdef Edit edit
         cdef char line[64]
         cdef size_t length = client._body
-        for start, end, new in client._edits:
-            length += PyBytes_GET_SIZE(new) - (end - start)
+        for edit in client._edits:
+            length += edit.size - (edit.end - edit.start)
         part.iov_base = PyBytes_AS_STRING(client._request_head)
         part.iov_len = PyBytes_GET_SIZE(client._request_head)
         parts.push_back(part)
         part.iov_base = line
         part.iov_len = snprintf(line, sizeof(line), b"content-length: %zu\r\n\r\n", length)
         parts.push_back(part)
-        for start, end, new in client._edits:
+        for edit in client._edits:
             part.iov_base = body + at
-            part.iov_len = start - at
+            part.iov_len = edit.start - at
             parts.push_back(part)
-            part.iov_base = PyBytes_AS_STRING(new)
-            part.iov_len = PyBytes_GET_SIZE(new)
+            part.iov_base = <void*>edit.text
+            part.iov_len = edit.size
             parts.push_back(part)
-            at = end
+            at = edit.end
         part.iov_base = body + at
         part.iov_len = client._body - at
         parts.push_back(part)
@@ -1421,18 +1669,55 @@ cdef class Upstream(Conn):
         # `data` may lie in the buffer that the body is held in; only what comes next writes there, and from its start
         self._body_len = 0
         if self._mode == EVENTS:
-            self._client._feed = self._client._exchange.scan(self._headers)
+            self._client._scanner = self._scanner_of(self._client)
         return self._read_body(data, size)
+
+    cdef EventScanner _scanner_of(self, Client client):
+        """What the events of this answer go through."""
+        if client._riding and not self._twice:
+            return EventScanner(withhold_usage=(<Flow>client._exchange)._withholds)
+        return client._python().scan(self._headers())
+
+    cdef bint _is_plain(self) noexcept:
+        """An answer of the ordinary kind, of which Python need not know."""
+        return self._status == 200 and not self._twice and not self._coded
+
+    cdef dict _headers(self):
+        """The headers that are passed on, the last of those with one name."""
+        cdef dict headers = {}
+        cdef const char* line = self._passed.data()
+        cdef const char* end = line + self._passed.size()
+        cdef const char* colon
+        cdef const char* stop
+        while line < end:
+            colon = <const char*>memchr(line, 58, end - line)
+            stop = <const char*>memchr(colon, 13, end - colon)
+            headers[_text(line, colon - line)] = _text(colon + 2, stop - colon - 2)
+            line = stop + 2
+        return headers
+
+    cdef int _pass_on(self, const Field* field) except -1:
+        """Keep a line of the head for the client."""
+        cdef string line
+        line.append(b"\n")
+        line.append(field.name, field.size)
+        line.append(b": ")
+        if self._passed.find(line.data() + 1, 0, line.size() - 1) == 0 or self._passed.find(line) != <size_t>-1:
+            self._twice = True
+        self._passed.append(line.data() + 1, line.size() - 1)
+        self._passed.append(field.value, field.length)
+        self._passed.append(b"\r\n")
+        return 0
 
     cdef bint _understood(self, const char* head, size_t size) except -1:
         """Read status, framing and the headers that are passed on; False for what is not strictly HTTP/1.1."""
         cdef Field field
         cdef const char* end = head + size - 2
         cdef const char* p
-        cdef dict headers = {}
-        cdef bint chunked = False, coded = False, events = False
+        cdef bint chunked = False, events = False
         cdef int count = 0
-        cdef str name
+        self._passed.clear()
+        self._twice = self._coded = False
         if size < 16 or memcmp(head, b"HTTP/1.", 7) != 0 or head[8] != 32 or not 48 <= head[7] <= 49:
             return False
         self._status = <int>_digits(head + 9, 3)
@@ -1465,18 +1750,16 @@ cdef class Upstream(Conn):
             if _named(&field, b"connection", 10):
                 self._reusable = self._reusable and not _same(field.value, field.length, b"close", 5)
                 continue
-            coded = coded or _named(&field, b"content-encoding", 16)
-            name = self._relay._passed.find(field.name, field.size)
-            if name is None and self._relay._passed_families.begins(field.name, field.size):
-                name = _text(field.name, field.size)
-            if name is not None:
-                headers[name] = _text(field.value, field.length)
+            self._coded = self._coded or _named(&field, b"content-encoding", 16)
+            if self._relay._passed.at(field.name, field.size) >= 0 or self._relay._passed_families.begins(
+                field.name, field.size
+            ):
+                self._pass_on(&field)
                 if _named(&field, b"content-type", 12):
                     events = field.length >= 17 and memcmp(field.value, b"text/event-stream", 17) == 0
         if chunked and self._length >= 0:
             return False
-        self._headers = headers
-        self._mode = EVENTS if events and not coded and 200 <= self._status < 300 else HELD
+        self._mode = EVENTS if events and not self._coded and 200 <= self._status < 300 else HELD
         self._chunk = SIZE
         self._digits = 0
         self._left = self._length
@@ -1646,6 +1929,10 @@ cdef class Relay:
     cdef list _grave, _slots, _unsent
     cdef char* _scratch
     cdef string _text  # for one function's use at a time
+    cdef string _date  # the last line of every head, and the empty one, of this second
+    cdef time_t _second
+    cdef public bint passing
+    cdef unsigned long long _generation  # of the flows that are good
     cdef int _host  # the place of `host` in `_kept`
     cdef vector[char*] _spare
     cdef bint _lent, _closing
@@ -1665,6 +1952,7 @@ cdef class Relay:
         self._grave = []
         self._unsent = []
         self._slots = [[] for _ in range(SLOTS)]
+        self.passing = True
         self._now = vr_now()
         self._ticked = self._now // TICK
         self._scratch = <char*>malloc(SCRATCH)
@@ -1699,6 +1987,17 @@ cdef class Relay:
         else:
             free(lent)
         return 0
+
+    cdef string _date_line(self) except *:
+        cdef time_t second = time(NULL)
+        if second != self._second:
+            self._date = <bytes>self._owner.date()
+            self._second = second
+        return self._date
+
+    def forget_flows(self):
+        """No request goes by a flow that there is now; those under way go on."""
+        self._generation += 1
 
     def fileno(self):
         """The epoll descriptor, for an event loop to watch."""
@@ -1843,7 +2142,12 @@ cdef class Relay:
             client = (<Upstream>conn)._client
         exchange = None
         if client is not None:
-            exchange, client._exchange = client._exchange, None
+            try:
+                exchange = client._python()
+            except Exception:
+                exchange = None  # it cannot even be told what was under way
+            client._exchange = None
+            client._riding = False
             if client._up is not None:
                 client._up._client = None
                 client._up._drop(True)

@@ -10,7 +10,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.string cimport memchr, memcmp
 from libcpp.pair cimport pair
 from libcpp.string cimport string
-from libcpp.vector cimport vector
 
 from ext._sse_json import details, joined
 
@@ -91,15 +90,6 @@ cdef inline Py_ssize_t _position(const char* buffer, char wanted, Py_ssize_t at,
 cdef class EventScanner:
     """One stream's scanner. See the pure twin."""
 
-    cdef readonly bint withhold_usage, done, oversized
-    cdef readonly Py_ssize_t max_event_bytes
-    cdef readonly long long events, output_events
-    cdef readonly object usage, first_usage, finish_reason, error
-    cdef string _pending
-    cdef vector[pair[Py_ssize_t, Py_ssize_t]] _cuts
-    cdef Py_ssize_t _line, _seen, _data_at, _data_end, _data_lines, _bom
-    cdef bint _first_line, _after_cr, _cut_last, _raw, _carried, _fields, _named_error
-
     def __cinit__(self, bint withhold_usage=False, Py_ssize_t max_event_bytes=1 << 20):
         if max_event_bytes < 1:
             raise ValueError(f"max_event_bytes is {max_event_bytes}; use 1 or more")
@@ -109,6 +99,9 @@ cdef class EventScanner:
 
     def feed(self, bytes data not None):
         """The bytes to forward now: whole events and comments. The very object `data` when all of it goes."""
+        return self._feed(data)
+
+    cdef bytes _feed(self, bytes data):
         cdef bint whole = self._pending.empty()
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data), boundary
         cdef const char* buffer = PyBytes_AS_STRING(data)
@@ -191,7 +184,7 @@ cdef class EventScanner:
         self._seen = size
         return start
 
-    cdef inline bint _end_line(self, const char* buffer, Py_ssize_t start, Py_ssize_t line, Py_ssize_t end) noexcept:
+    cdef bint _end_line(self, const char* buffer, Py_ssize_t start, Py_ssize_t line, Py_ssize_t end) noexcept:
         """Take note of a line; whether it is the empty one that ends an event."""
         cdef bint carried = self._carried
         if self._first_line:
@@ -214,7 +207,7 @@ cdef class EventScanner:
             self._named_error = end - line == 5 and memcmp(buffer + line, b"error", 5) == 0
         return False
 
-    cdef inline void _data_line(self, const char* buffer, Py_ssize_t at, Py_ssize_t end) noexcept:
+    cdef void _data_line(self, const char* buffer, Py_ssize_t at, Py_ssize_t end) noexcept:
         if at < end:
             if buffer[at] != b":":
                 return
@@ -225,7 +218,7 @@ cdef class EventScanner:
         self._data_end = end
         self._data_lines += 1
 
-    cdef inline int _end_event(
+    cdef int _end_event(
         self, const char* buffer, Py_ssize_t start, Py_ssize_t end, Py_ssize_t after
     ) except -1:
         cdef bint withhold = False
@@ -278,11 +271,11 @@ cdef class EventScanner:
             self.error = payload if found.error is None else found.error
         return 0
 
-    cdef inline void _begin(self) noexcept:
+    cdef void _begin(self) noexcept:
         self._fields = self._named_error = False
         self._data_at = self._data_end = self._data_lines = self._bom = 0
 
-    cdef inline void _shift(self, Py_ssize_t boundary, Py_ssize_t size) noexcept:
+    cdef void _shift(self, Py_ssize_t boundary, Py_ssize_t size) noexcept:
         if boundary == size:
             self._line = self._seen = 0
         else:

@@ -50,22 +50,20 @@ class Limits:
             for name, each in config.models.items()
         }
 
+    def meters(self, tenant: str, model: str) -> tuple[Meter | None, Meter | None]:
+        """What counts a call: of its key and of its model, where they have limits."""
+        return self._keys.get(tenant), self._models.get(model)
+
     def admit(self, outcome: Outcome, call: Call, now: float) -> None:
         """Reserve what this call of `outcome.tenant` may use, and note it in `outcome`. Half a microsecond.
 
         Raises `RateLimited` or `InvalidRequest`, and has taken nothing then.
         """
-        key, model = self._keys.get(outcome.tenant), self._models.get(call.model)
+        key, model = self.meters(outcome.tenant, call.model)
         if key is None and model is None:
             return
-        stated, guessed = call.max_output_tokens, outcome.bytes_in // BYTES_PER_TOKEN
-        if stated is None:
-            stated = 0
-            if call.endpoint.streams:  # what cannot stream has no output
-                guessed += GUESSED_OUTPUT
-        elif stated > MOST_STATED:
-            stated = MOST_STATED
-        grant = self._counters.reserve(key, model, stated, guessed, now)
+        stated, guessed = output_of(call)
+        grant = self._counters.reserve(key, model, stated, guessed + outcome.bytes_in // BYTES_PER_TOKEN, now)
         outcome.rate_limits = grant.headers
         if isinstance(grant, Refusal):
             if grant.meter is model:
@@ -74,6 +72,13 @@ class Limits:
             outcome.limited = f"keys.{grant.limit}"
             raise _error(grant, "limits", f"key '{outcome.tenant}' is", stated)
         outcome.grant = grant
+
+
+def output_of(call: Call) -> tuple[int, int]:
+    """Tokens to reserve for its output: stated by the call, or guessed."""
+    if call.max_output_tokens is not None:
+        return min(call.max_output_tokens, MOST_STATED), 0
+    return 0, GUESSED_OUTPUT if call.endpoint.streams else 0  # what cannot stream has no output
 
 
 def settle(outcome: Outcome, now: float) -> None:

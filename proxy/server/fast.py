@@ -15,11 +15,13 @@ import asyncio
 import logging
 import socket
 from copy import copy
-from typing import Protocol
+from hashlib import blake2b
+from math import inf
+from typing import Protocol, cast
 
 import msgspec
 
-from ext.relay import TICK_S, Client, Relay
+from ext.relay import TICK_S, Client, Flow, Pool, Relay
 from ext.relay import Exchange as RelayExchange
 from proxy.dialects.decode import estimated_tokens, session_of
 from proxy.dialects.splice import edits_of
@@ -28,6 +30,7 @@ from proxy.gate.limits import withdraw
 from proxy.observe.outcome import Outcome
 from proxy.server.fast_exchange import Exchange
 from proxy.server.fast_plans import Plan, Plans
+from proxy.server.flows import NAMED_S, flow_of
 from proxy.server.handler import LEFT, Handler, Tried, given_request_id, new_request_id
 from proxy.server.head import Dates
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
@@ -39,6 +42,7 @@ from proxy.server.turns import Turns
 
 log = logging.getLogger("vramp.server")
 
+MOST_KINDS = 4096
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
@@ -46,7 +50,7 @@ FOREIGN = ("expect", "upgrade", "transfer-encoding", "content-encoding", "traile
 
 
 class Known(msgspec.Struct, eq=False):
-    """What is alike in all requests of a connection that say the same but for their messages (`Client.memo`).
+    """What is alike in all requests of one kind: those that say the same but for their messages (`Client.memo`).
 
     Who asks is looked up once for such requests, and again as soon as the configuration, and so the keys, are others.
     """
@@ -57,6 +61,8 @@ class Known(msgspec.Struct, eq=False):
     request_id: str | None  # the client's own
     lines: bytes  # its headers that go upstream
     target: Target | None  # where to, if that is no engine
+    flow: Flow | None = None  # for those that follow
+    until_s: float = 0.0  # it is good until then, on the relay's clock
 
 
 class Serves(Protocol):
@@ -88,7 +94,9 @@ class FastLane:
             keepalive_s=keepalive_s,
         )
         self._targets = Targets(self._loop)
+        self._kinds: dict[bytes, Known] = {}
         self._configured(handler.state)
+        handler.on_change = self._changed
         self._tasks: set[asyncio.Task[object]] = set()
         self._loop.add_reader(self._relay.fileno(), self._relay.pump)
         self._timer: asyncio.TimerHandle | None = None
@@ -156,15 +164,14 @@ class FastLane:
             self._configured(state)
         if handler.leaving or not handler.ready:
             return None
+        self._relay.passing = True
         if not client.scan(state.max_header, state.max_body, state.max_depth):
             return None
         known: Known | None = client.memo
         if known is None or known.state is not state:
             known = self._known(client)
         now_s = self._relay.now_s
-        outcome: Outcome = known.outcome.__copy__()  # type: ignore[attr-defined]  # copy() takes twice as long to find it
-        outcome.request_id, outcome.started_s = known.request_id or new_request_id(), now_s
-        outcome.bytes_in = client.body_size
+        outcome = self._outcome(client, known, known.request_id or new_request_id(), now_s)
         state.limits.admit(outcome, known.plan.call, now_s)
         exchange = Exchange(self, known.plan, client, outcome, now_s)
         placed = False
@@ -176,25 +183,83 @@ class FastLane:
         if not placed:
             return None
         handler.begin()
+        self._let_follow(client, known)
         return exchange
+
+    def resume(self, client: Client) -> RelayExchange:
+        """See `Owner`: as if it had been decided here and had come as far as it is."""
+        known: Known = cast("Flow", client.flow).origin
+        plan = known.plan
+        outcome = self._outcome(client, known, client.request_id, client.began_s)
+        outcome.grant = client.take_grant()
+        if outcome.grant is not None:
+            outcome.rate_limits = outcome.grant.headers
+        exchange = Exchange(self, plan, client, outcome, client.began_s, slots=plan.provider.slots)
+        exchange.resume(client.scanner, client.passed, client.output_s, client.first_bytes_out)
+        return exchange
+
+    def _outcome(self, client: Client, known: Known, request_id: str, now_s: float) -> Outcome:
+        outcome: Outcome = known.outcome.__copy__()  # type: ignore[attr-defined]  # copy() takes twice as long to find it
+        outcome.request_id, outcome.started_s = request_id, now_s
+        outcome.remote, outcome.bytes_in = client.remote, client.body_size
+        return outcome
 
     def _known(self, client: Client) -> Known:
         """What a request says that its connection has not said before. Raises `CallError`."""
+        # The text of a kind holds the caller's key, so it is not kept. Two texts with one digest of 128 bits are harder
+        # to find than a key.
+        kind = blake2b(client.kind, digest_size=16).digest()
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._new_kind(client)
+            if known.request_id is None:  # else there will be no second one
+                if len(self._kinds) >= MOST_KINDS:
+                    self._kinds.clear()
+                self._kinds[kind] = known
+        client.remember(known)
+        return known
+
+    def _new_kind(self, client: Client) -> Known:
         headers, state = client.headers, self._state
         tenant = state.keys.authenticate(headers)
         plan = self._plans.find(client.path, headers, client.short)
         outcome = copy(plan.outcome)
-        outcome.tenant, outcome.remote = tenant, client.remote
+        outcome.tenant = tenant
         lines = "".join([f"{name}: {value}\r\n" for name, value in forwarded(headers).items()])
         target = None if plan.candidate.local else self._targets.find(plan.provider, plan.upstream_path, None)
-        known = Known(state, plan, outcome, given_request_id(headers), lines.encode("ascii"), target)
-        client.remember(known)
-        return known
+        return Known(state, plan, outcome, given_request_id(headers), lines.encode("ascii"), target)
+
+    def _let_follow(self, client: Client, known: Known) -> None:
+        """Let the requests of this kind that follow here go without asking, but on an engine: each needs a lease."""
+        target, now_s = known.target, self._relay.now_s
+        pool = self._pool(target)
+        if target is None or pool is None:
+            return
+        if known.until_s <= now_s:
+            known.until_s = inf if target.pool is not None else now_s + NAMED_S
+            known.flow = flow_of(
+                self.handler,
+                known,
+                known.plan,
+                known.outcome,
+                client.spans,
+                pool,
+                target.straight.head + known.lines,
+                given_id=known.request_id or "",
+                until_s=known.until_s,
+            )
+        client.remember(known, known.flow)
 
     def _configured(self, state: State) -> None:
         self._state = state
         self._plans = Plans(state)
         self._targets.forget()
+        self._kinds.clear()
+
+    def _changed(self) -> None:
+        """What was decided may not hold any more: until something is decided again, every request is asked about."""
+        self._relay.passing = False
+        self._relay.forget_flows()
 
     def _placed(self, exchange: Exchange, known: Known) -> bool:
         """Find room for it and a way to it; False where either would take time."""
@@ -243,12 +308,19 @@ class FastLane:
     def _sent(self, exchange: Exchange, known: Known, target: Target | None) -> bool:
         """Tell the relay where it goes; False where that is not known at once."""
         plan, client = exchange.plan, exchange.client
-        pool = None if target is None else target.pool or self._targets.resolved(target.straight)
+        pool = self._pool(target)
         if target is None or pool is None:
             return False
         head = target.straight.head + known.lines if known.lines else target.straight.head
         client.forward(pool, head, edits_of(client.spans, plan.changes) if plan.changes else [], plan.limits)
         return True
+
+    def _pool(self, target: Target | None) -> Pool | None:
+        return None if target is None else target.pool or self._targets.resolved(target.straight)
+
+    def date(self) -> bytes:
+        """See `Owner`."""
+        return self.dates.now().encode("ascii")
 
     def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None) -> None:
         """See `Owner`: aiohttp goes on with the connection."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -64,11 +64,11 @@ class Exchange(msgspec.Struct, eq=False):
 
     # ---- answers
 
-    def scan(self, headers: dict[str, str]) -> Callable[[bytes], bytes]:
+    def scan(self, headers: dict[str, str]) -> EventScanner:
         """The answer is an event stream: what each piece of it goes through."""
         self.headers = headers
         self.scanner = EventScanner(withhold_usage=withholds_usage(self.plan.call))
-        return self.scanner.feed
+        return self.scanner
 
     def begin(self, events: bytes) -> tuple[bytes, bool]:
         """The first events, in a stream of ours if it is time; whether they are output.
@@ -113,7 +113,8 @@ class Exchange(msgspec.Struct, eq=False):
             refused = refusal_of(call, status, headers, body, where=candidate.where, local=candidate.local)
             self._leave(AttemptFailed(refused) if status in FAILOVER_STATUSES else refused)
             return None
-        self._first_byte(self.client.first_byte_s or self.lane.now_s)
+        if body:
+            self._first_byte(self.client.first_byte_s)
         try:
             check_body(call, headers, body)
         except UpstreamFailed as failed:
@@ -145,6 +146,14 @@ class Exchange(msgspec.Struct, eq=False):
             last = self.begin(rest)[0]
         self._settle()
         return last + LAST_CHUNK
+
+    def resume(self, scanner: EventScanner | None, headers: Mapping[str, str], output_s: float, bytes_out: int) -> None:
+        """It came as far as this without asking here: what its stream goes through, and when its output began."""
+        self.scanner, self.headers = scanner, headers
+        if output_s:
+            self._first_byte(output_s)
+            self.outcome.status = 200
+            self.outcome.bytes_out = bytes_out
 
     # ---- failures
 

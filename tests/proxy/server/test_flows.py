@@ -1,0 +1,380 @@
+"""Requests that go by a flow, beside those that are decided: nobody could tell them apart but by what they cost."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from ext.relay import Client
+from proxy.accounting import usage
+from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
+from proxy.server.fast import FastLane
+from tests.fakes import DONE, STREAM, chunk, hang, plain, stream, until
+from tests.proxy.server.conftest import Proxy
+from tests.proxy.server.test_fast_lane import (
+    CALLS,
+    CHAT,
+    TIMES,
+    Lanes,
+    answer_to,
+    call,
+    lanes,
+    next_answer,
+    normal,
+    request,
+)
+
+pytestmark = pytest.mark.native
+__all__ = ["lanes"]
+
+COUNTED = b'{"choices":[{"finish_reason":"l\xc3\xa4nge"}],"usage":{"prompt_tokens":7,"completion_tokens":2%b}}'
+CACHED = b',"prompt_tokens_details":{"cached_tokens":4}'
+LIMITS = LimitsConfig(
+    tokens_per_minute=6000, concurrency=9, models={"far": ModelLimitsConfig(requests_per_minute=500, concurrency=9)}
+)
+OF_OPENAI = {"x-ratelimit-limit-requests": "5", "openai-version": "1", "x-ratelimit-reset-requests": "1s"}
+
+
+def two(_: web.BaseRequest, __: bytes) -> Any:
+    async def answer() -> web.Response:
+        headers: Any = [("openai-version", "1"), ("openai-organization", "o"), ("openai-version", "2")]
+        return web.Response(body=COUNTED % b"", headers=headers, content_type="application/json")
+
+    return answer()
+
+
+REMOTE: dict[str, tuple[Any, bytes]] = {
+    "a chat": (plain(COUNTED % b""), request(call("far"))),
+    "cached tokens": (plain(COUNTED % CACHED), request(call("far", max_tokens=50))),
+    "no usage": (plain(b'{"choices":[]}'), request(call("far"))),
+    "a list": (plain(b"[1]"), request(call("far"))),
+    "a body of odd usage": (plain(b'{"usage":{"prompt_tokens":"many"}}'), request(call("far"))),
+    "in a class": (plain(COUNTED % b""), request(call("far"), CHAT, b"x-vramp-class: batch")),
+    "with an id": (plain(COUNTED % b""), request(call("far"), CHAT, b"x-request-id: mine-1")),
+    "traced": (plain(COUNTED % b""), request(call("far"), CHAT, b"traceparent: 00-1-2-01")),
+    "headers of a provider": (plain(COUNTED % b"", **OF_OPENAI), request(call("far"))),
+    "a header twice": (two, request(call("far"))),
+    "an odd type": (plain(COUNTED % b"", content_type="application/x-json"), request(call("far"))),
+    "a stream": (stream(), request(call("far", stream=True))),
+    "a stream with usage": (stream(), request(call("far", stream=True, stream_options={"include_usage": True}))),
+    "a stream of no end": (stream(chunk("Hel")), request(call("far", stream=True))),
+    "an error in a stream": (
+        stream(chunk("a"), b'data: {"error":{"message":"x"}}\n\n'),
+        request(call("far", stream=True)),
+    ),
+    "messages": (stream(chunk("a", "stop"), DONE), request(call("far", stream=True, max_tokens=5), "/v1/messages")),
+    "completions": (plain(COUNTED % b""), request({"model": "far", "prompt": "x"}, "/v1/completions")),
+    **{name: CALLS[name] for name in (
+        "to a remote, renamed", "a remote stream", "a stream of comments", "an empty stream", "no JSON",
+        "an empty answer", "rate limits", "a page for a refusal", "a bad key there", "overload there",
+    )},
+    "201": (plain(status=201), request(call("far"))),
+    "events unasked": (stream(), request(call("far"))),
+    "a stream as JSON": (plain(), request(call("far", stream=True))),
+    "a coded answer": (plain(b"\x1f\x8b", **{"content-encoding": "gzip"}), request(call("far"))),
+    "a large answer": (plain(b'{"data":[' + b"0.5," * 300_000 + b"0]}"), request(call("far"))),
+}  # fmt: skip
+# As soon as one of these has happened, the connection is the ordinary lane's.
+HANDED_OVER = (
+    "no JSON",
+    "an empty answer",
+    "a page for a refusal",
+    "a bad key there",
+    "overload there",
+    "an empty stream",
+)
+
+
+@pytest.fixture
+async def fast(lanes: Lanes) -> Proxy:
+    return lanes[1]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What the relay asked of Python."""
+    seen: Counter[str] = Counter()
+    for name in ("decide", "resume", "hand_over"):
+        original = getattr(FastLane, name)
+
+        def counting(self: FastLane, *args: Any, name: str = name, original: Any = original) -> Any:
+            seen[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(FastLane, name, counting)
+    return seen
+
+
+class Connection:
+    """One connection, on which calls follow each other."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def ask(self, data: bytes) -> bytes:
+        return await next_answer(self.reader, self.writer, data)
+
+    async def status(self, data: bytes) -> int:
+        return int((await self.ask(data)).split()[1])
+
+
+@pytest.fixture
+async def connection(fast: Proxy) -> AsyncIterator[Connection]:
+    made = Connection(*await asyncio.open_connection(*fast.address))
+    yield made
+    made.writer.close()
+
+
+async def seen(proxy: Proxy, answer: bytes) -> dict[str, Any]:
+    """All that came of the last call, but for ids and times."""
+    await proxy.settled()
+    meters = [proxy.counters.meter(name, 500, 6000) for name in ("key local", "model far")]
+    path, headers, body = (proxy.upstream.requests + proxy.remote.requests)[-1]
+    return {
+        "answer": normal(answer),
+        "line": {name: value for name, value in (await proxy.lines())[-1].items() if name not in TIMES},
+        "row": {name: value for name, value in (await proxy.rows())[-1].items() if name not in TIMES},
+        "asked": (path, body, sorted(set(headers.items()) - {("host", headers["host"])})),
+        "in use": [meter.in_use for meter in meters],
+    }
+
+
+def counts(proxy: Proxy) -> dict[str, float]:
+    """The metrics but for sums of seconds, and for the buckets that seconds fall into."""
+    page = proxy.metrics.render()[0].decode()
+    lines = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines if "_sum" not in name and "_bucket" not in name}
+
+
+@pytest.mark.parametrize("limits", [LimitsConfig(), LIMITS], ids=["free", "limited"])
+@pytest.mark.parametrize("name", REMOTE)
+async def test_what_goes_by_a_flow_is_what_is_decided(
+    lanes: Lanes, asked: Counter[str], name: str, limits: LimitsConfig
+) -> None:
+    behave, data = REMOTE[name]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for way, proxy in zip(("ordinary", "fast"), lanes, strict=True):
+        proxy.configure(limits=limits)
+        proxy.upstream.behave = proxy.remote.behave = behave
+        connection = Connection(*await asyncio.open_connection(*proxy.address))
+        found[way] = [await seen(proxy, await connection.ask(data)) for _ in range(3)]
+        connection.writer.close()
+    for each in (*found["ordinary"], *found["fast"]):
+        head, body = each["answer"]
+        # what is left of a minute's tokens depends on when
+        each["answer"] = ([re.sub(rb"((remaining|reset)-\w+: ).*", rb"\1", line) for line in head], body)
+        if name == "a stream of comments":  # how its pieces fall says whether the head went before the first event
+            each["answer"] = (head[:1], body)
+            each["line"].pop("bytes_out")
+    assert found["fast"] == found["ordinary"]
+    assert counts(lanes[1]) == counts(lanes[0])
+    if name in HANDED_OVER:
+        assert asked["hand_over"] == 1
+    else:
+        assert (asked["decide"], asked["hand_over"]) == (1, 0)
+
+
+async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
+    fast: Proxy, connection: Connection, asked: Counter[str]
+) -> None:
+    fast.remote.behave = plain(COUNTED % b"")
+    for _ in range(5):
+        assert await connection.status(request(call("far"))) == 200
+    assert asked == {"decide": 1}
+    fast.remote.behave = plain(status=201)
+    assert await connection.status(request(call("far"))) == 201
+    assert asked == {"decide": 1, "resume": 1}
+
+
+async def test_a_kind_is_decided_once_for_all_connections_but_asked_for_by_each(
+    fast: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Client] = []
+    original = FastLane._new_kind
+    monkeypatch.setattr(FastLane, "_new_kind", lambda self, client: made.append(client) or original(self, client))
+    for _ in range(3):
+        await answer_to(fast, request(call("far")))
+    assert len(made) == 1
+    await answer_to(fast, request(call("far"), CHAT, b"authorization: Bearer other"))
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "requests_per_minute"])
+async def test_a_limit_refuses_what_would_go_by_a_flow(fast: Proxy, connection: Connection, limit: str) -> None:
+    fast.configure(limits=LimitsConfig(**{limit: 2}))
+    held = asyncio.Event()
+
+    async def holding(web_request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        await held.wait()
+        return await plain()(web_request, body)
+
+    fast.remote.behave = plain()
+    data = request(call("far"))
+    assert await connection.status(data) == 200
+    fast.remote.behave = holding
+    asking = [asyncio.create_task(answer_to(fast, data)) for _ in range(2 if limit == "concurrency" else 1)]
+    await until(lambda: fast.handler.in_flight == len(asking))
+    assert await connection.status(data) == 429
+    held.set()
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in await asyncio.gather(*asking))
+    await fast.settled()
+    assert fast.counters.meter("key local", 0, 0, 2).in_use == 0
+
+
+async def test_a_slot_that_is_not_free_is_waited_for_and_not_lost(fast: Proxy, asked: Counter[str]) -> None:
+    backend = BackendConfig(name="cloud", kind="openai", base_url=fast.remote.base_url + "/v1", max_connections=1)
+    fast.configure(backends=(BackendConfig(name="engines", kind="simulated"), backend))
+    connections = [Connection(*await asyncio.open_connection(*fast.address)) for _ in range(3)]
+    for each in connections:
+        assert await each.status(request(call("far"))) == 200
+    assert asked["hand_over"] == 0
+    release = asyncio.Event()
+
+    async def slow(web_request: Any, body: bytes) -> Any:
+        await release.wait()
+        return await plain()(web_request, body)
+
+    fast.remote.behave = slow
+    before = len(fast.remote.requests)
+    asking = [asyncio.create_task(each.status(request(call("far")))) for each in connections]
+    await until(lambda: asked["hand_over"] == 2 and len(fast.remote.requests) > before)
+    await asyncio.sleep(0.02)
+    assert len(fast.remote.requests) == before + 1
+    release.set()
+    assert await asyncio.gather(*asking) == [200, 200, 200]
+    assert fast.state.providers["cloud"].slots.places.taken == 0  # type: ignore[union-attr]
+    for each in connections:
+        each.writer.close()
+
+
+async def test_keys_and_models_of_a_new_configuration_hold_for_the_next_request(
+    fast: Proxy, connection: Connection
+) -> None:
+    data = request(call("far"), CHAT, b"authorization: Bearer one")
+    fast.configure(keys=("one",))
+    assert [await connection.status(data) for _ in range(3)] == [200, 200, 200]
+    fast.configure(keys=("one",), limits=LimitsConfig(requests_per_minute=1))
+    assert [await connection.status(data) for _ in range(2)] == [200, 429]
+    fast.configure(keys=("two",))
+    assert await connection.status(data) == 401
+
+
+async def test_what_carries_its_own_id_is_not_let_by_after_a_reload(fast: Proxy, connection: Connection) -> None:
+    data = request(call("far"), CHAT, b"authorization: Bearer one", b"x-request-id: same")
+    fast.configure(keys=("one",))
+    assert [await connection.status(data) for _ in range(3)] == [200, 200, 200]
+    fast.configure(keys=("two",))
+    other = request(call("far"), CHAT, b"authorization: Bearer two")
+    assert (await answer_to(fast, other)).startswith(b"HTTP/1.1 200 ")
+    assert await connection.status(data) == 401
+
+
+async def test_a_server_that_drains_lets_nothing_by(fast: Proxy, connection: Connection) -> None:
+    assert [await connection.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    fast.handler.drain()
+    assert await connection.status(request(call("far"))) == 503
+
+
+async def test_nobody_goes_by_unrecorded(fast: Proxy, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [await connection.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    await fast.rows()
+    monkeypatch.setattr(usage, "MOST_PENDING", 0)
+    assert await connection.status(request(call("far"))) in (200, 503)  # the row of this one tells that it is full
+    assert await connection.status(request(call("far"))) == 503
+    monkeypatch.undo()
+    again = Connection(*await asyncio.open_connection(*fast.address))
+    assert [await again.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    again.writer.close()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_client_that_leaves_is_recorded_as_one(fast: Proxy, connection: Connection, streaming: bool) -> None:
+    data = request(call("far", stream=streaming))
+    fast.remote.behave = stream() if streaming else plain()
+    await connection.ask(data)
+    fast.remote.behave = stream(chunk("a"), then=hang) if streaming else hang  # type: ignore[arg-type]
+    fast.remote.arrived.clear()
+    connection.writer.write(data)
+    await fast.remote.arrived.wait()
+    if streaming:
+        await connection.reader.readuntil(b"\n\n")
+    connection.writer.close()
+    await asyncio.wait_for(fast.remote.aborted.wait(), 2)
+    await fast.settled()
+    line, row = (await fast.lines())[-1], (await fast.rows())[-1]
+    assert (line["status"], line["error"], row["status"]) == (499, "client_left", 499)
+    assert ("first_byte_s" in line) == streaming
+    assert fast.counters.meter("key local", 0, 0, 9).in_use == 0
+    await fast.still_works()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_upstream_that_goes_is_told_and_recorded(fast: Proxy, connection: Connection, streaming: bool) -> None:
+    async def cut(web_request: web.BaseRequest) -> None:
+        assert web_request.transport is not None
+        web_request.transport.abort()
+
+    async def gone(web_request: web.BaseRequest, _: bytes) -> web.StreamResponse:
+        await cut(web_request)
+        raise ConnectionResetError
+
+    data = request(call("far", stream=streaming))
+    fast.remote.behave = stream() if streaming else plain()
+    await connection.ask(data)
+    fast.remote.behave = stream(chunk("a"), then=cut) if streaming else gone
+    answer = await connection.ask(data)
+    await fast.settled()
+    line = (await fast.lines())[-1]
+    if streaming:
+        assert b"upstream_error" in answer
+        assert (line["status"], line["error"]) == (200, "upstream_error")
+        assert line["bytes_out"] == len(normal(answer)[1])
+    else:
+        assert answer.startswith(b"HTTP/1.1 502 ")
+        assert line["status"] == 502
+    await fast.still_works()
+
+
+async def test_an_answer_that_does_not_come_is_a_504(fast: Proxy, connection: Connection) -> None:
+    fast.configure(timeouts=TimeoutsConfig(first_byte_s=0.1))
+    assert await connection.status(request(call("far"))) == 200
+    fast.remote.behave = hang  # type: ignore[assignment]
+    assert await connection.status(request(call("far"))) == 504
+
+
+async def test_a_stop_ends_a_stream_with_words(fast: Proxy, connection: Connection) -> None:
+    data = request(call("far", stream=True))
+    fast.remote.behave = stream()
+    await connection.ask(data)
+    fast.remote.behave = stream(chunk("a"), then=hang)  # type: ignore[arg-type]
+    asking = asyncio.create_task(connection.ask(data))
+    await until(lambda: len(fast.remote.requests) == 2 and fast.handler.in_flight == 1)
+    await asyncio.sleep(0.02)
+    await fast.server.close()
+    assert b"stopping" in await asking
+
+
+async def test_ids_of_requests_differ(fast: Proxy, connection: Connection) -> None:
+    ids = set()
+    for _ in range(50):
+        found = re.search(rb"x-request-id: (req-[0-9a-f]{24})\r\n", await connection.ask(request(call("far"))))
+        assert found
+        ids.add(found[1])
+    assert len(ids) == 50
+
+
+async def test_a_slow_stream_is_one_stream_at_any_border(fast: Proxy, connection: Connection, tmp_path: Path) -> None:
+    data = request(call("far", stream=True))
+    fast.remote.behave = stream()
+    whole = normal(await connection.ask(data))
+    for size in (1, 7, 100):
+        pieces = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
+        fast.remote.behave = stream(*pieces)
+        assert normal(await connection.ask(data)) == whole
