@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from scheduler.departures import Departures
+from scheduler.events import ProbeAnswered
 from scheduler.fairness import Fairness
 from scheduler.footprints import MUCH, Footprints
 from scheduler.ledger import DeviceLedger, SleepMemory, readable_size
@@ -61,7 +62,7 @@ class Books:
         """A model is configured, for the first time or anew."""
         model = self.models.get(spec.name)
         if model is None:
-            model = self.models[spec.name] = ModelState(spec, self._fairness, self.wanted)
+            model = self.models[spec.name] = ModelState(spec, self._fairness, self.wanted, self.sleep_memory)
         model.spec, model.removed = spec, False
         model.changed()
         self._pin(model)
@@ -130,6 +131,14 @@ class Books:
         self._by_engine[engine.id] = model
         model.engine = engine
         self._pin(model)
+
+    def may_sleep_one_day(self, model: ModelState, says: ProbeAnswered) -> None:
+        """What the engine says awake is known, so that it could be seen to wake as it was."""
+        engine = model.engine
+        assert engine is not None
+        engine.says = says
+        if model.spec.sleep_keeps_bytes is not None:
+            self.sleep_memory.claim(engine.id, model.spec.sleep_host_bytes)
 
     def start_over(self, engine: EngineState) -> None:
         """The engine's start, or its wake, is over, one way or the other."""

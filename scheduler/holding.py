@@ -62,9 +62,9 @@ class Holding:
         if use.probability < LEAST_CHANCE or use.after == wanted.spec.name:
             return now  # a session that waits for this very swap asks for nothing before it
         could_begin_s = max(victim.last_used_s, wanted.queue.first_since_s())
-        end = min(use.until_s, could_begin_s + SHARE * victim.load_s)
+        end = min(use.until_s, could_begin_s + SHARE * victim.loss_s)
         wait_s = max(0.0, use.at_s - now)
-        pays = len(wanted.queue) * wait_s <= use.probability * victim.load_s
+        pays = len(wanted.queue) * wait_s <= use.probability * victim.loss_s
         drained_s = end + ANSWERS * victim.demand.mean_service_s()
         return end if pays and now + wait_s <= end and _may_wait(wanted, drained_s) else now
 

@@ -132,25 +132,42 @@ class SleepMemory:
     """Host memory for engines that sleep: held == sum of what was taken <= budget. A budget of 0 is no sleep at all.
 
     An engine keeps its share until it has gone, awake again or not: pinned memory that held the weights is not given
-    back by a wake (vllm-project/vllm#16663), and an engine that slept once is likely to sleep again.
+    back by a wake (vllm-project/vllm#16663), and an engine that slept once is likely to sleep again. Those that could
+    sleep and have no share yet claim one: claimed == sum of the claims, whether or not they fit.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget = budget_bytes
         self.held = 0
+        self.claimed = 0
         self._shares: dict[str, int] = {}
+        self._claims: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<SleepMemory {self.held} of {self.budget} for {len(self._shares)} engines>"
 
+    def claim(self, engine_id: str, size: int) -> None:
+        """The engine could sleep one day."""
+        if engine_id not in self._shares and engine_id not in self._claims:
+            self._claims[engine_id] = size
+            self.claimed += size
+
+    def certain(self, engine_id: str) -> bool:
+        """Whether there is room for this engine, whoever else falls asleep before."""
+        return engine_id in self._shares or self.held + self.claimed <= self.budget
+
+    def has_room(self, engine_id: str, size: int) -> bool:
+        """Whether `take` would give it room now."""
+        return engine_id in self._shares or self.held + size <= self.budget
+
     def take(self, engine_id: str, size: int) -> bool:
         """Room for one engine; False, and nothing taken, when there is none."""
-        if engine_id in self._shares:
-            return True
-        if self.held + size > self.budget:
+        if not self.has_room(engine_id, size):
             return False
-        self._shares[engine_id] = size
-        self.held += size
+        if engine_id not in self._shares:
+            self.claimed -= self._claims.pop(engine_id, 0)
+            self._shares[engine_id] = size
+            self.held += size
         return True
 
     def share(self, engine_id: str) -> int:
@@ -160,10 +177,13 @@ class SleepMemory:
     def release(self, engine_id: str) -> None:
         """The engine is gone. Idempotent."""
         self.held -= self._shares.pop(engine_id, 0)
+        self.claimed -= self._claims.pop(engine_id, 0)
 
     def check(self) -> None:
         """What always holds unless the budget was lowered since; for tests."""
         assert self.held == sum(self._shares.values())
+        assert self.claimed == sum(self._claims.values())
+        assert not self._shares.keys() & self._claims.keys()
 
 
 def readable_size(size: int) -> str:

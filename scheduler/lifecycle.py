@@ -61,7 +61,8 @@ class Lifecycle:
         if model is None or model.engine is None:
             return []
         if model.state is Residency.LOADING:
-            model.engine.says = None if event.error else event
+            if not event.error:
+                self._books.may_sleep_one_day(model, event)
             return self._now_ready(model, now)
         if model.state is not Residency.WAKING or model.engine.says is None:
             return []
@@ -86,7 +87,8 @@ class Lifecycle:
             return [Stop(event.engine_id, StopCause.CONFIGURATION, why)]
         self._books.adopt(model, event.engine_id, event.device, event.revision, event.partners)
         assert model.engine is not None
-        model.engine.says = event.says
+        if event.says is not None:
+            self._books.may_sleep_one_day(model, event.says)
         for ticket in event.in_flight:
             self._tickets.inherit(ticket, model, now)
         return self._still_asleep(model) if event.asleep else self._now_ready(model, now)

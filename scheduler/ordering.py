@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from scheduler.admission import AGEING_SHARE
 from scheduler.eviction.base import Candidate, Eviction
+from scheduler.eviction.delay import delay
 from scheduler.forecast import drain_s
 from scheduler.ledger import DeviceLedger
 from scheduler.model import Residency
@@ -28,8 +31,8 @@ class Scene:
     standard class. Residents and candidates include those of the partner devices that a wanted model needs as well.
     """
 
-    __slots__ = ("_eviction", "_here", "_partners", "candidates", "device", "free", "link_free_s", "now", "patience_s",
-                 "planned", "residents", "wanted", "watched_s")  # fmt: skip
+    __slots__ = ("_eviction", "_here", "_kept", "_partners", "candidates", "device", "free", "link_free_s", "now",
+                 "patience_s", "planned", "residents", "wanted", "watched_s")  # fmt: skip
 
     def __init__(
         self,
@@ -55,7 +58,8 @@ class Scene:
         self.patience_s = patience_s
         self._eviction = eviction
         self.residents = {model.spec.name: model for model, _ in residents}
-        self._here = self.candidates = [_candidate(model, held, now, watched_s) for model, held in residents]
+        self._kept = {model.spec.name: kept for model, _ in residents if (kept := model.kept_bytes)}
+        self._here = self.candidates = [self._candidate(model, held) for model, held in residents]
         self._partners: dict[str, Sequence[Scene]] = {}
 
     def room_for(self, model: ModelState, but: frozenset[str] = frozenset()) -> list[Candidate] | None:
@@ -92,7 +96,33 @@ class Scene:
         if model.state is Residency.ASLEEP:
             but |= {model.spec.name}
         allowed = [each for each in self._here if each.model not in but] if but else self._here
-        return self._eviction.victims(allowed, missing, self.now)
+        victims = self._eviction.victims(allowed, missing, self.now)
+        if not self._kept:
+            return victims
+        # what they would keep asleep may be just what is missing: then it can be cheaper to stop them
+        stopped = self._eviction.victims([self._stopped(each) for each in allowed], missing, self.now)
+        if victims is None or (stopped is not None and self._price(stopped) < self._price(victims)):
+            return stopped
+        return victims
+
+    def _price(self, victims: Sequence[Candidate]) -> tuple[bool, float]:
+        return any(each.in_flight for each in victims), sum(delay(each, self.now) for each in victims)
+
+    def _stopped(self, candidate: Candidate) -> Candidate:
+        """The same, were it not to sleep."""
+        kept = self._kept.get(candidate.model)
+        if kept is None:
+            return candidate
+        load_s = self.residents[candidate.model].load_s
+        return replace(candidate, held_bytes=candidate.held_bytes + kept, load_s=load_s)
+
+    def _candidate(self, model: ModelState, held: int) -> Candidate:
+        demand = model.demand
+        rate = demand.slow_rate(self.now, self.watched_s)
+        in_flight = model.engine.in_flight if model.engine is not None else 0
+        name, uses = model.spec.name, demand.total
+        frees = max(1, held - self._kept.get(name, 0))
+        return Candidate(name, frees, in_flight, model.last_asked_s, model.loss_s, uses, rate)
 
     def drained_at(self, victims: Iterable[Candidate]) -> float:
         """When the last of the victims is expected to be idle."""
@@ -102,14 +132,6 @@ class Scene:
                 service = self.residents[victim.model].demand.mean_service_s()
                 longest = max(longest, drain_s(victim.in_flight, service))
         return self.now + longest
-
-
-def _candidate(model: ModelState, held: int, now: float, watched_s: float) -> Candidate:
-    demand = model.demand
-    rate = demand.slow_rate(now, watched_s)
-    in_flight = model.engine.in_flight if model.engine is not None else 0
-    name, uses = model.spec.name, demand.total
-    return Candidate(name, held, in_flight, model.last_asked_s, model.seconds_to_load, uses, rate)
 
 
 class Choice:

@@ -176,7 +176,7 @@ class Placement:
             ):
                 free += ledger.held_by(engine.id)
             elif model.state is Residency.SUSPENDING:
-                free += ledger.held_by(engine.id) - (model.spec.sleep_keeps_bytes or 0)
+                free += ledger.held_by(engine.id) - _kept(model)
             elif not model.spec.pinned:
                 residents.append((model, ledger.held_by(engine.id)))
         return Scene(
@@ -235,11 +235,14 @@ class Placement:
         if victims:
             self._made_room_for[ledger.spec.name] = wanted.spec.name
             reason += self.holding.over(wanted, now)
+        ended = self._not_to_sleep(victims, wanted, group)
         for victim, candidate in zip(victims, choice.victims, strict=True):
             self.eviction.evicted(candidate)
             if victim.state is Residency.STOPPING:
                 continue  # a sleeper that has just lost its host memory to another of these victims
-            out += self._leave(victim, StopCause.EVICTED, f"{reason} ({_use(victim, now)})")
+            why = f"{reason} ({_use(victim, now)})"
+            leave = self.stop if victim in ended else self._leave
+            out += leave(victim, StopCause.EVICTED, why)
         out += self._withdraw_for(wanted, group)
         if not victims and all(each.free >= wanted.need_bytes for each in group):
             self._made_room_for.pop(ledger.spec.name, None)
@@ -345,7 +348,7 @@ class Placement:
         """An idle engine gives its memory back: asleep where it can come back from that, else for good."""
         engine = model.engine
         assert engine is not None
-        if cause not in SLEEPS or not self._can_sleep(model, engine):
+        if cause not in SLEEPS or not model.can_sleep:
             return self.stop(model, cause, why)
         if not self._books.sleep_memory.take(engine.id, model.spec.sleep_host_bytes):
             return self.stop(model, cause, why) + self._room_to_sleep(model)
@@ -354,16 +357,23 @@ class Placement:
         model.note = why
         return [Sleep(engine.id, cause, why)]
 
-    @staticmethod
-    def _can_sleep(model: ModelState, engine: EngineState) -> bool:
-        return (
-            model.state in (Residency.READY, Residency.DRAINING)
-            and model.spec.sleep_keeps_bytes is not None
-            and engine.says is not None
-            and engine.revision == model.spec.revision
-            and not model.sleepless
-            and not model.removed
-        )
+    def _not_to_sleep(
+        self, victims: Sequence[ModelState], wanted: ModelState, group: Sequence[DeviceLedger]
+    ) -> set[ModelState]:
+        """Victims that are stopped although they could sleep, because what they would keep is needed as well; those
+        that lose least by it. O(models x devices)."""
+        ended: set[ModelState] = set()
+        for ledger in group if any(victim.kept_bytes for victim in victims) else ():
+            here = [each for each in victims if each.engine is not None and ledger.spec.name in each.engine.devices]
+            sleepers = [victim for victim in here if victim.kept_bytes and victim not in ended]
+            missing = wanted.need_bytes - ledger.free - self._leaving(ledger) - self._unasked(ledger)
+            missing -= sum(ledger.held_by(each.engine.id) for each in here if each.engine is not None)
+            missing += sum(victim.kept_bytes for victim in sleepers)
+            for victim in sorted(sleepers, key=lambda each: each.load_s - each.wake_s):
+                if missing > 0:
+                    missing -= victim.kept_bytes
+                    ended.add(victim)
+        return ended
 
     def _room_to_sleep(self, model: ModelState) -> list[Command]:
         """Host memory for the next time: the sleepers that nobody has used for longest go, if that is long enough. Not
@@ -394,7 +404,7 @@ class Placement:
         engine = model.engine
         assert engine is not None
         for ledger in self._books.ledgers(engine):
-            ledger.resize(engine.id, model.spec.sleep_keeps_bytes or 0)
+            ledger.resize(engine.id, _kept(model))
         model.move(Residency.ASLEEP)
 
     def stop(self, model: ModelState, cause: StopCause, why: str, *, force: bool = False) -> list[Command]:
@@ -442,7 +452,7 @@ class Placement:
         for model in self._models.values():
             if model.state in (Residency.STOPPING, Residency.SUSPENDING) and model.engine is not None:
                 holding = ledger.holding(model.engine.id)
-                kept = (model.spec.sleep_keeps_bytes or 0) if model.state is Residency.SUSPENDING else 0
+                kept = _kept(model) if model.state is Residency.SUSPENDING else 0
                 total += holding.held - kept if holding is not None else 0
         return total
 
@@ -490,11 +500,15 @@ class Placement:
         """Bytes of a guessed engine that a plan may count on: all that it would not hold had nobody guessed."""
         engine = model.engine
         assert engine is not None
-        kept = (model.spec.sleep_keeps_bytes or 0) if self._has_slept(engine) else 0
+        kept = _kept(model) if self._has_slept(engine) else 0
         return max(0, ledger.held_by(engine.id) - kept)
 
     def _lent(self, ledger: DeviceLedger) -> int:
         return sum(self._lends(ledger, model) for model in self.guesses.leaving_or_on(ledger))
+
+    def _unasked(self, ledger: DeviceLedger) -> int:
+        """What guesses that can be withdrawn would give back."""
+        return sum(self._lends(ledger, model) for model in self.guesses.on(ledger))
 
     def _has_slept(self, engine: EngineState) -> bool:
         return self._books.sleep_memory.share(engine.id) > 0
@@ -552,6 +566,11 @@ def _asked(model: ModelState) -> str:
     if guess is not None:
         return f"guessed: {guess.why}"
     return "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"
+
+
+def _kept(model: ModelState) -> int:
+    """What stays on each of its devices while it sleeps."""
+    return model.spec.sleep_keeps_bytes or 0
 
 
 def _use(model: ModelState, now: float) -> str:

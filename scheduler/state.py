@@ -11,6 +11,7 @@ from scheduler.events import ProbeAnswered
 from scheduler.expected_output import ExpectedOutput
 from scheduler.fairness import Fairness, LoadShares, Pace
 from scheduler.forecast import Demand
+from scheduler.ledger import SleepMemory
 from scheduler.model import ModelSpec, Residency, StopCause, Ticket
 from scheduler.residency import move
 
@@ -103,14 +104,21 @@ class ModelState:
     """
 
     __slots__ = (
-        "_place", "_wanted", "_wanted_order", "booked_bytes", "cause", "demand", "engine", "failures", "last_asked_s",
-        "last_error", "last_used_s", "load_s", "load_started_s", "loads", "note", "output", "pace", "progress", "queue",
-        "ran_out", "removed", "rested_s", "retry_at_s", "seconds_to_load", "shares", "sleepless", "sleepless_times",
-        "spec", "state", "stop_cause", "stopped_for", "ttl_armed", "wake_s",
+        "_place", "_sleep_memory", "_wanted", "_wanted_order", "booked_bytes", "cause", "demand", "engine", "failures",
+        "last_asked_s", "last_error", "last_used_s", "load_s", "load_started_s", "loads", "note", "output", "pace",
+        "progress", "queue", "ran_out", "removed", "rested_s", "retry_at_s", "seconds_to_load", "shares", "sleepless",
+        "sleepless_times", "spec", "state", "stop_cause", "stopped_for", "ttl_armed", "wake_s",
     )  # fmt: skip
 
-    def __init__(self, spec: ModelSpec, fairness: Fairness | None = None, wanted: Wanted | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        fairness: Fairness | None = None,
+        wanted: Wanted | None = None,
+        sleep_memory: SleepMemory | None = None,
+    ) -> None:
         self._wanted = Wanted() if wanted is None else wanted
+        self._sleep_memory = SleepMemory(0) if sleep_memory is None else sleep_memory
         self._place: dict[str, ModelState] | None = None  # among the wanted
         self._wanted_order: int | None = None
         self.spec = spec
@@ -213,6 +221,50 @@ class ModelState:
     def occupied(self) -> bool:
         """Whether its engine cannot be stopped now without cutting somebody off."""
         return self.engine is not None and self.engine.occupied
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether its engine can come back from sleep as it is now, and gives memory back for it."""
+        engine = self.engine
+        return (
+            self.spec.sleep_keeps_bytes is not None
+            and self.spec.sleep_keeps_bytes < self.booked_bytes
+            and engine is not None
+            and self.state in (Residency.READY, Residency.DRAINING)
+            and engine.says is not None
+            and engine.revision == self.spec.revision
+            and not self.sleepless
+            and not self.removed
+        )
+
+    @property
+    def return_s(self) -> float:
+        """Seconds to bring it back once it has been evicted: those of a wake where it sleeps, or surely would; else
+        those of a load. O(1).
+
+        Surely: has slept before, or all that could sleep have room to. Where they compete for host memory, a wake as
+        the price of each would have the same few trade places all the time: more loads in the end, not fewer.
+        """
+        return self.wake_s if self.state in WAKES_NEXT or self._would_sleep() else self.load_s
+
+    @property
+    def loss_s(self) -> float:
+        """Seconds by which its next use is late if it is evicted now. A sleeper is stopped then: it would have had to
+        wake anyway. O(1)."""
+        if self.state is Residency.ASLEEP:
+            return max(0.0, self.load_s - self.wake_s)
+        return self.return_s
+
+    @property
+    def kept_bytes(self) -> int:
+        """What an eviction now would leave of it on each of its devices: what it keeps asleep, if it would sleep."""
+        if not self.can_sleep or self.engine is None:
+            return 0
+        has_room = self._sleep_memory.has_room(self.engine.id, self.spec.sleep_host_bytes)
+        return self.spec.sleep_keeps_bytes or 0 if has_room else 0
+
+    def _would_sleep(self) -> bool:
+        return self.can_sleep and self.engine is not None and self._sleep_memory.certain(self.engine.id)
 
     def longest_waiting(self) -> Ticket | None:
         """The ticket that came first of those that wait."""

@@ -43,7 +43,7 @@ class Shadow:
             self._make_room(self._held + model.spec.memory_bytes - capacity, now, books)
             self._held += model.spec.memory_bytes
             self._resident[name] = (model, model.spec.memory_bytes, uses, now)
-            self._paid_s = self.paid_s(now) + model.seconds_to_load
+            self._paid_s = self.paid_s(now) + model.return_s
             self._paid_at = now
         self._resident[name] = (model, self._resident[name][1], uses, now)
 
@@ -122,7 +122,7 @@ class Adaptive:
         """A shadow's resident, as idle as it can be. It may have been removed from the configuration meanwhile."""
         watched_s = 0.0 if self._since_s is None else now - self._since_s
         rate = model.demand.slow_rate(now, max(LEAST_WATCHED_S, watched_s))
-        return Candidate(model.spec.name, held, 0, last_used_s, model.seconds_to_load, uses, rate)
+        return Candidate(model.spec.name, held, 0, last_used_s, model.return_s, uses, rate)
 
     def victims(self, candidates: Sequence[Candidate], need_bytes: int, now: float) -> list[Candidate] | None:
         """What the leader says."""

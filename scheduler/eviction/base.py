@@ -17,7 +17,8 @@ from scheduler.state import ModelState
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """An engine that may be given up. `held_bytes` is what its end frees, `load_s` what bringing it back costs.
+    """An engine that may be given up. `held_bytes` is what its end frees, `load_s` what bringing it back costs: a load,
+    or a wake where it will sleep.
 
     `uses` counts the requests for its model so far; `rate` is the forecast of arrivals a second over the last minutes.
     """

@@ -23,6 +23,11 @@ class ExpectedDelay(Ranking):
 
     def worth(self, candidate: Candidate, now: float) -> float:
         """Load seconds a second that keeping it saves, over its bytes to the power `SIZE_POWER`. O(1)."""
-        idle_s = now - candidate.last_used_s + REST_LOADS * candidate.load_s
-        return_s = 1.0 / max(candidate.rate, LEAST_RATE) + idle_s
-        return float(candidate.load_s / return_s / candidate.held_bytes**SIZE_POWER)
+        return float(delay(candidate, now) / candidate.held_bytes**SIZE_POWER)
+
+
+def delay(candidate: Candidate, now: float) -> float:
+    """Seconds of delay to expect of its end, for each second that passes. O(1)."""
+    idle_s = now - candidate.last_used_s + REST_LOADS * candidate.load_s
+    return_s = 1.0 / max(candidate.rate, LEAST_RATE) + idle_s
+    return candidate.load_s / return_s

@@ -80,7 +80,7 @@ class Regret:
         model = self._models.get(name)
         if model is None:
             return 0, 0.0, 0.0  # removed from the configuration; what a shadow still has of it is soon done
-        return model.spec.memory_bytes, model.seconds_to_load, model.demand.mean_service_s()
+        return model.spec.memory_bytes, model.return_s, model.demand.mean_service_s()
 
     def choose(self, scene: Scene) -> Choice | None:
         """The best score; None when everything that could be loaded costs more than it gains."""
