@@ -53,10 +53,10 @@ from scheduler.driver import Scheduler
 from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
 from scheduler.engines.supervisor import Handle, Supervisor
 from scheduler.events import ConfigChanged, EngineReady, LoadAsked
-from scheduler.footprint_file import FootprintFile
-from scheduler.footprints import Footprints
 from scheduler.handover import PROTOCOL, Guests, HandedEngine
+from scheduler.kept_file import KeptFile
 from scheduler.record import Opening, RecordedCore, Recorder, free_path
+from scheduler.sequences import LearnedStep, Steps
 
 log = logging.getLogger("vramp")
 
@@ -135,9 +135,11 @@ class App:
     async def _schedule(self, handed: Mapping[str, HandedEngine]) -> None:
         """The scheduler, with the engines and the requests that there are already."""
         adoptable = await self._supervisor.adopt()
-        footprint_file = FootprintFile(Path(self._config.store.dir) / "footprints.json")
+        state = Path(self._config.store.dir)
+        footprint_file = KeptFile(state / "footprints.json", list[int])
+        step_file = KeptFile(state / "sequences.json", dict[str, LearnedStep])
         engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
-        core = self._core(engines_before, footprint_file.load())
+        core = self._core(engines_before, footprint_file.load(), step_file.load())
         self._scheduler = Scheduler(
             core,
             self._devices,
@@ -146,19 +148,21 @@ class App:
             measure_interval_s=self._config.devices.measure_interval_s,
             observe=self._scheduler_metrics.observe,
             footprint_file=footprint_file,
+            step_file=step_file,
         )
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable, handed)
         self._guests.serve(self._scheduler)
 
-    def _core(self, engines_before: int, footprints: Footprints) -> Core:
+    def _core(self, engines_before: int, footprints: dict[str, list[int]], steps: Steps) -> Core:
         opening = Opening(
             tuple(device.spec for device in self._devices),
             tuple(local.spec for local in self._locals),
             settings_of(self._config),
             engines_before=engines_before,
-            footprints=footprints.figures(),
+            footprints=footprints,
+            steps=steps,
         )
         if self._start.record is None:
             return opening.core()

@@ -523,7 +523,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Where vramp keeps what it must remember: engine logs, the keeper's socket, learned footprints, usage."""
+    """Where vramp keeps what it must remember: engine logs, the keeper's socket, what was learned, usage."""
 
     dir: Annotated[
         str, Key("The folder, made if missing. The default is in the folder that vramp is started in.", form="path")

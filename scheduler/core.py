@@ -60,7 +60,7 @@ from scheduler.ordering import Ordering
 from scheduler.placement import Placement
 from scheduler.policies.regret import Regret
 from scheduler.quotes import Quotes
-from scheduler.sequences import Arrival
+from scheduler.sequences import Arrival, Steps
 from scheduler.state import ModelState
 from scheduler.tickets import Tickets
 from scheduler.timers import Timer, Timers
@@ -82,13 +82,16 @@ class Core:
         ordering: Ordering | None = None,
         eviction: Eviction | None = None,
         footprints: Footprints | None = None,
+        steps: Steps | None = None,
     ) -> None:
-        """`engines_before`: how many engine ids are taken already, by engines that outlived an earlier proxy."""
+        """`engines_before`: how many engine ids are taken already, by engines that outlived an earlier proxy.
+        `footprints` and `steps` are what was learned in earlier runs."""
         self.ordering: Ordering = ordering or Regret()
         self.fairness = Fairness()
         self._timers = Timers()
         self.books = Books(devices, models, self.fairness, self._timers, footprints)
         self.placement = Placement(self.books, self.ordering, eviction or Adaptive(), engines_before)
+        self.placement.sequences.restore(steps or {}, self.books.models)
         self.devices = self.books.devices
         self.models = self.books.models
         settings = settings or SchedulerSettings()

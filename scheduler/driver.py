@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -38,14 +38,17 @@ from scheduler.events import (
     Tick,
     UnloadAsked,
 )
-from scheduler.footprint_file import FootprintFile
+from scheduler.kept_file import KeptFile
 from scheduler.model import RefusalCode, Residency, Ticket
+from scheduler.sequences import LearnedStep
 
 log = logging.getLogger("vramp.scheduler")
+T = TypeVar("T")
 
 DECISIONS_KEPT = 50
 SLEEP_LIMIT_S = 60.0  # for one answer to sleep, wake or the fixed question
 LEAVING_INTERVAL_S = 0.25  # between two readings while memory is awaited: a driver takes 0.5 to 1.5 s to free it
+STEPS_INTERVAL_S = 60.0  # what sessions do next is written down so often at most: there is something new all the time
 DEATH_LIMIT_S = 3.0  # vLLM takes a second and a half to notice that its core has been killed
 
 
@@ -237,10 +240,12 @@ class Scheduler:
         *,
         measure_interval_s: float = 2.0,
         observe: Callable[[Event | Command], None] = lambda _: None,
-        footprint_file: FootprintFile | None = None,
+        footprint_file: KeptFile[list[int]] | None = None,
+        step_file: KeptFile[dict[str, LearnedStep]] | None = None,
     ) -> None:
         self.core = core
-        self._footprint_file = footprint_file
+        self._footprint_file, self._step_file = footprint_file, step_file
+        self._steps_due_s = 0.0
         self._said: dict[str, str] = {}  # by model: what its operator was last told of its memory
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._devices = {device.spec.name: device for device in devices}
@@ -362,7 +367,7 @@ class Scheduler:
             while not self.core.books.settled:
                 changed.clear()
                 await changed.wait()
-            await self._keep_learned()
+            await self._keep_all()
         finally:
             self._watchers.discard(changed)
 
@@ -662,18 +667,37 @@ class Scheduler:
                 self._said[model.spec.name] = said
                 log.warning("models[%s]: %s", model.spec.name, said)
         if self._footprint_file is not None:
-            try:
-                await asyncio.to_thread(self._footprint_file.save, footprints.figures())
-            except OSError as error:
-                log.warning("learned footprints could not be written: %s", error)
+            await self._save(self._footprint_file, footprints.figures())
+
+    async def _keep_steps(self) -> None:
+        """Write down what follows what, if that is new."""
+        sequences = self.core.placement.sequences
+        if self._step_file is not None and sequences.changed:
+            sequences.changed = False
+            self._steps_due_s = self._loop.time() + STEPS_INTERVAL_S
+            await self._save(self._step_file, sequences.steps())
+
+    async def _keep_all(self) -> None:
+        await self._keep_learned()
+        await self._keep_steps()
+
+    @staticmethod
+    async def _save(file: KeptFile[T], figures: dict[str, T]) -> None:
+        try:
+            await asyncio.to_thread(file.save, figures)
+        except OSError as error:
+            log.warning("what was learned could not be written: %s", error)
 
     async def run(self) -> None:
-        """Read the devices until somebody else does. Cancel it to stop; engines are left as they are."""
+        """Read the devices until somebody else does, and keep what is learned. Cancel it to stop; engines are left as
+        they are."""
         try:
             while self._successor is None:
                 for device in self._devices.values():
                     await self._measure(device)
                 await self._keep_learned()
+                if self._loop.time() >= self._steps_due_s:
+                    await self._keep_steps()
                 self._measure_soon.clear()
                 try:
                     await asyncio.wait_for(self._measure_soon.wait(), self._next_reading_s())
@@ -689,6 +713,8 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._successor is None:  # else these files are the successor's by now
+            await self._keep_all()
 
 
 def _together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:

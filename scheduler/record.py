@@ -22,6 +22,7 @@ from scheduler.events import Arrived, Cancelled, Event, Finished
 from scheduler.footprints import Footprints
 from scheduler.model import DeviceSpec, ModelSpec, SchedulerSettings, Ticket
 from scheduler.policies.regret import TAIL_HELD, Regret
+from scheduler.sequences import Steps
 
 FORMAT = 1
 LENGTH_BYTES = 4
@@ -43,6 +44,7 @@ class Opening(msgspec.Struct, frozen=True):
     engines_before: int = 0
     tail: float = TAIL_HELD
     footprints: dict[str, list[int]] = {}
+    steps: Steps = {}
     format: int = FORMAT
 
     def core(self) -> Core:
@@ -54,6 +56,7 @@ class Opening(msgspec.Struct, frozen=True):
             engines_before=self.engines_before,
             ordering=Regret(self.tail),
             footprints=Footprints.of(self.footprints),
+            steps=self.steps,
         )
 
 
@@ -107,6 +110,7 @@ class RecordedCore(Core):
             engines_before=opening.engines_before,
             ordering=Regret(opening.tail),
             footprints=Footprints.of(opening.footprints),
+            steps=opening.steps,
         )
         self._recorder = recorder
         self._inside = False  # a step that the core takes within a step is not an event of its own

@@ -4,7 +4,7 @@ An agent's planner is followed by its coder, the coder by its embedder: first-or
 because a new session should profit from those before it. A step keeps how often it was taken, and the mean and the
 spread of its time, as TCP keeps them of round trips: from request to request, and, where it is known, from the end of
 the answer, which does not depend on how long that waited and took. Old counts fade: a row is halved whenever it is
-full.
+full. Steps outlive a restart (`steps`, `restore`), sessions do not: a new one profits from the steps all the same.
 
 The hot path pays nothing: arrivals are noted in batches and read when somebody asks what to expect, `MOST_UNREAD` of
 them at most; of a flood the rates say enough. A step is O(1). Nothing here grows without limit: `MOST_SESSIONS`, the
@@ -14,9 +14,10 @@ oldest forgotten first, and `MOST_NEXT` steps from each model.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from math import prod
+from typing import Annotated
 
 import msgspec
 
@@ -36,6 +37,22 @@ Arrival = tuple[float, str, Ticket]  # when, for which model, and as what
 Session = tuple[str, str]  # the tenant, and what it calls its session ("" for all that it does not name)
 
 
+Count = Annotated[float, msgspec.Meta(ge=0.0, le=ROW_FULL)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=EPISODE_S)]
+Taken = tuple[Seconds, Seconds]  # mean and spread
+
+
+class LearnedStep(msgspec.Struct, frozen=True):
+    """A step as it is kept: how often it was taken, by what counts of it still, and how long it took."""
+
+    weight: Count
+    after_request: Taken
+    after_answer: Taken | None = None
+
+
+Steps = dict[str, dict[str, LearnedStep]]  # by the model before and the one after
+
+
 class Expected(msgspec.Struct, frozen=True):
     """A model's next use, as sessions foretell it: probably at `at_s`, hardly after `until_s`. `after` is the model
     that the likeliest of these sessions asked for last."""
@@ -51,9 +68,9 @@ class _Delay:
 
     __slots__ = ("mean_s", "spread_s")
 
-    def __init__(self, first_s: float) -> None:
-        self.mean_s = first_s
-        self.spread_s = first_s / 2
+    def __init__(self, mean_s: float, spread_s: float | None = None) -> None:
+        self.mean_s = mean_s
+        self.spread_s = mean_s / 2 if spread_s is None else spread_s
 
     def add(self, seconds: float) -> None:
         self.spread_s += SPREAD_GAIN * (abs(seconds - self.mean_s) - self.spread_s)
@@ -96,6 +113,21 @@ def _learned(delay: _Delay | None, seconds: float) -> _Delay:
     return delay
 
 
+def _kept(step: _Step) -> LearnedStep:
+    asked, answered = step.after_request, step.after_answer
+    assert asked is not None
+    taken = None if answered is None else (answered.mean_s, answered.spread_s)
+    return LearnedStep(step.weight, (asked.mean_s, asked.spread_s), taken)
+
+
+def _restored(kept: LearnedStep) -> _Step:
+    step = _Step()
+    step.weight = kept.weight
+    step.after_request = _Delay(*kept.after_request)
+    step.after_answer = None if kept.after_answer is None else _Delay(*kept.after_answer)
+    return step
+
+
 class _Row:
     """The steps from one model. total == sum of their weights."""
 
@@ -131,6 +163,7 @@ class Sequences:
         self._last: OrderedDict[Session, tuple[str, float]] = OrderedDict()  # the latest at the end
         self._rows: dict[str, _Row] = {}
         self._unread: deque[Arrival] = deque(maxlen=MOST_UNREAD)
+        self.changed = False  # since somebody who keeps them set it back
 
     def __len__(self) -> int:
         return len(self._last)
@@ -151,6 +184,7 @@ class Sequences:
             before, when = last
             if at_s - when <= EPISODE_S:
                 self._rows.setdefault(before, _Row()).took(model, when, self._answered(before, at_s), at_s)
+                self.changed = True
         self._last[session] = (model, at_s)
         if len(self._last) > MOST_SESSIONS:
             self._last.popitem(last=False)
@@ -162,6 +196,19 @@ class Sequences:
             self._last.clear()
             self._unread.clear()
         self._rows = {name: row for name, row in self._rows.items() if name in known}
+
+    def steps(self) -> Steps:
+        """What was learned so far, to be kept. Arrivals that nobody has read yet stay unread: how long an answer took
+        is looked up when they are, so that reading them at another moment would be another decision. O(steps)."""
+        return {name: {after: _kept(step) for after, step in row.steps.items()} for name, row in self._rows.items()}
+
+    def restore(self, steps: Steps, models: Collection[str]) -> None:
+        """What was kept, as far as it is of these models, within this version's bounds."""
+        for name in steps.keys() & set(models):
+            row = self._rows[name] = _Row()
+            known = [(after, kept) for after, kept in steps[name].items() if after in models]
+            row.steps = {after: _restored(kept) for after, kept in known[:MOST_NEXT]}
+            row.total = sum(step.weight for step in row.steps.values())
 
     def expected(self, now: float) -> dict[str, Expected]:
         """What the latest sessions are about to ask for, each model with the chance that any of them does.

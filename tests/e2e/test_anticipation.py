@@ -21,6 +21,14 @@ def ask(served: Served, model: str, session: str) -> None:
     served.chat(model, {"x-vramp-session": session})
 
 
+def planned_ahead(served: Served, asked: list[str]) -> bool:
+    """Another session asks for the planner; whether the coder is there, though nobody has asked for it since."""
+    asked.append(f"another {len(asked)}")
+    ask(served, "planner", asked[-1])
+    coder = served.model("coder")
+    return bool(coder["state"] == "ready" and coder["note"].startswith("guessed: sessions ask for it after"))
+
+
 def test_the_coder_is_loaded_while_its_session_still_plans(tmp_path: Path) -> None:
     (tmp_path / "vramp.toml").write_text(CONFIG)
     with Served(tmp_path / "vramp.toml", tmp_path) as served:
@@ -31,14 +39,7 @@ def test_the_coder_is_loaded_while_its_session_still_plans(tmp_path: Path) -> No
         served.operate("large", "unload")
         assert served.model("coder")["state"] in ("cold", "loading")
         asked: list[str] = []
-
-        def planned_ahead() -> bool:
-            asked.append(f"another {len(asked)}")
-            ask(served, "planner", asked[-1])
-            coder = served.model("coder")
-            return bool(coder["state"] == "ready" and coder["note"].startswith("guessed: sessions ask for it after"))
-
-        served.wait(planned_ahead, "nobody thought of the coder")
+        served.wait(lambda: planned_ahead(served, asked), "nobody thought of the coder")
         loads = served.model("coder")["loads"]
         ask(served, "coder", asked[-1])
         assert served.model("coder")["loads"] == loads, "it was there"
@@ -46,3 +47,18 @@ def test_the_coder_is_loaded_while_its_session_still_plans(tmp_path: Path) -> No
             lambda: 'vramp_guesses_total{outcome="right"} 0.0' not in served.get("/metrics", admin=True).decode(),
             "the guess was right, and is not counted",
         )
+
+
+def test_what_sessions_do_next_is_known_after_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "vramp.toml").write_text(CONFIG)
+    with Served(tmp_path / "vramp.toml", tmp_path) as served:
+
+        def learned() -> bool:
+            ask(served, "planner", "one")
+            ask(served, "coder", "one")
+            return (tmp_path / ".state" / "sequences.json").exists()
+
+        served.wait(learned, "nothing was written down")
+    asked: list[str] = []
+    with Served(tmp_path / "vramp.toml", tmp_path) as served:
+        served.wait(lambda: planned_ahead(served, asked), "the coder was forgotten")

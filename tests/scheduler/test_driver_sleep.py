@@ -15,7 +15,8 @@ from scheduler.devices.base import Reading
 from scheduler.driver import Launch, Scheduler
 from scheduler.engines.base import EngineExit
 from scheduler.engines.sleeping import Said, SleepError
-from scheduler.footprint_file import FootprintFile
+from scheduler.footprints import Footprints
+from scheduler.kept_file import KeptFile
 from scheduler.model import DeviceSpec, ModelSpec, Residency, SchedulerSettings, Ticket
 from tests.fakes import until
 
@@ -86,6 +87,10 @@ class Card:
 Rig = tuple[Scheduler, Card]
 
 
+def kept_in(folder: Path) -> KeptFile[list[int]]:
+    return KeptFile(folder / "footprints.json", list[int])
+
+
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     card = Card()
@@ -96,8 +101,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     settings = SchedulerSettings(sleep_memory_bytes=1200 * MiB, fall_limit_s=0.02, pressure_threshold=1.0)
     core = Core([card.spec], models, settings)
     launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)  # type: ignore[arg-type]
-    file = FootprintFile(tmp_path / "footprints.json")
-    scheduler = Scheduler(core, [card], card, {"a": launch, "b": launch}, footprint_file=file)
+    scheduler = Scheduler(core, [card], card, {"a": launch, "b": launch}, footprint_file=kept_in(tmp_path))
     running = asyncio.create_task(scheduler.run())
     yield scheduler, card
     running.cancel()
@@ -159,4 +163,4 @@ async def test_what_was_learned_is_written_down(rig: Rig, tmp_path: Path) -> Non
     await serve(scheduler, "a")
     scheduler._measure_soon.set()
     await until((tmp_path / "footprints.json").exists)
-    assert FootprintFile(tmp_path / "footprints.json").load().p90("a@a", "nvidia") == 690 * MiB
+    assert Footprints.of(kept_in(tmp_path).load()).p90("a@a", "nvidia") == 690 * MiB

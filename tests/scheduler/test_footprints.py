@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.footprint_file import VERSION, FootprintFile
 from scheduler.footprints import KEYS, STARTS, Footprints
+from scheduler.kept_file import VERSION, KeptFile
 from tests.scheduler.conftest import MakeWorld, MiB, World, kinds, spec
 
 
@@ -45,12 +45,12 @@ def test_keys_are_bounded_and_the_least_recent_goes() -> None:
 
 
 def test_it_is_kept_between_runs(tmp_path: Path) -> None:
-    file = FootprintFile(tmp_path / "state" / "footprints.json")
-    assert file.load().figures() == {}
+    file = KeptFile(tmp_path / "state" / "footprints.json", list[int])
+    assert file.load() == {}
     learned = Footprints()
     learned.note("m", "host", "m#1", 70)
     file.save(learned.figures())
-    again = file.load()
+    again = Footprints.of(file.load())
     assert again.p90("m", "host") == 70
     assert not again.changed
     again.note("m", "host", "m#1", 80)  # ids count from 1 in every run: another start
@@ -68,10 +68,10 @@ def test_a_file_that_cannot_be_used_is_set_aside_with_a_warning(
     path = tmp_path / "footprints.json"
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING, "vramp.scheduler"):
-        assert FootprintFile(path).load().figures() == {}
+        assert KeptFile(path, list[int]).load() == {}
     assert "footprints.unusable" in caplog.text
     assert (tmp_path / "footprints.unusable").read_bytes() == content
-    FootprintFile(path).save({"host/m": [1]})
+    KeptFile(path, list[int]).save({"host/m": [1]})
     assert json.loads(path.read_bytes()) == {"version": VERSION, "figures": {"host/m": [1]}}
 
 

@@ -12,6 +12,7 @@ from scheduler.commands import Admit
 from scheduler.events import Arrived, EngineReady, Finished
 from scheduler.model import DeviceSpec, ModelSpec, SchedulerSettings, Ticket
 from scheduler.record import Difference, LogError, Opening, RecordedCore, Recorder, read_log, replay
+from scheduler.sequences import LearnedStep
 from scheduler.simulate.engine import REFERENCE, GiB, device
 from scheduler.simulate.run import Simulation, endless_settings
 from scheduler.simulate.traces import Request
@@ -39,6 +40,19 @@ def test_a_replay_takes_the_same_decisions(tmp_path: Path, anticipate: bool) -> 
     assert result.difference is None
     assert result.events >= 2 * count
     assert result.commands >= count
+
+
+def test_what_was_learned_before_is_part_of_the_opening(tmp_path: Path) -> None:
+    """b follows a, as earlier runs know: it is loaded before anybody asks for it, in the replay too."""
+    specs = tuple(REFERENCE.specs("ab"))
+    step = LearnedStep(8.0, (20.0, 1.0))
+    opening = Opening((device(72 * GiB),), specs, endless_settings(10.0, anticipate=True), steps={"a": {"b": step}})
+    recorder = Recorder(tmp_path / "log", opening)
+    requests = [Request(0.0, "a", 0, 30), Request(20.0, "b", 0, 30)]
+    outcome = Simulation(RecordedCore(opening, recorder), REFERENCE.service_s, requests).run()
+    recorder.close()
+    assert outcome.waits_s[1] == 0.0
+    assert replay(tmp_path / "log").difference is None
 
 
 def test_a_log_that_was_cut_off_is_whole_up_to_its_last_entry(tmp_path: Path) -> None:

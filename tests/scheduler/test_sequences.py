@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from scheduler import sequences
-from scheduler.sequences import EPISODE_S, MOST_NEXT, Sequences
+from scheduler.kept_file import KeptFile
+from scheduler.model import Ticket
+from scheduler.sequences import EPISODE_S, MOST_NEXT, LearnedStep, Sequences
 
 ANN, BOB = ("ann", ""), ("bob", "")
 
@@ -106,6 +110,64 @@ def test_a_removed_model_is_forgotten() -> None:
     last = rounds(learned, "planner", "coder")
     learned.keep(["planner"])
     assert learned.expected(last) == {}
+
+
+def kept(learned: Sequences, folder: Path, *models: str) -> Sequences:
+    """What the next run knows of these models."""
+    file = KeptFile(folder / "sequences.json", dict[str, LearnedStep])
+    file.save(learned.steps())
+    again = Sequences()
+    again.restore(file.load(), models)
+    return again
+
+
+def test_steps_outlive_a_restart_and_sessions_do_not(tmp_path: Path) -> None:
+    before = Sequences(lambda _model, at_s: at_s - 1.5)  # each answer ended that long before the next request
+    last = rounds(before, "planner", "coder")
+    after = kept(before, tmp_path, "planner", "coder")
+    assert not after.changed
+    assert after.expected(last) == {}
+    for learned in (before, after):
+        learned.saw(BOB, "planner", last + 1000.0)
+    assert after.expected(last + 1000.0) == before.expected(last + 1000.0) != {}
+
+
+def test_steps_of_models_that_the_configuration_no_longer_has_are_left_out(tmp_path: Path) -> None:
+    learned = Sequences()
+    rounds(learned, "planner", "coder", "planner", "writer")
+    after = kept(learned, tmp_path, "planner", "writer")
+    assert {name: set(steps) for name, steps in after.steps().items()} == {"planner": {"writer"}, "writer": {"planner"}}
+    after.saw(BOB, "planner", 1000.0)
+    assert after.expected(1000.0)["writer"].probability > 0.75
+
+
+def test_what_is_kept_is_bounded_by_this_versions_limits() -> None:
+    step = LearnedStep(1.0, (2.0, 1.0))
+    learned = Sequences()
+    many = {f"m{number}": step for number in range(3 * MOST_NEXT)}
+    learned.restore({"planner": many}, ["planner", *many])
+    assert len(learned.steps()["planner"]) == MOST_NEXT
+
+
+@pytest.mark.parametrize("figure", ["-1.0", "1e300", '"soon"'])
+def test_a_figure_that_cannot_be_is_not_believed(tmp_path: Path, figure: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "sequences.json"
+    path.write_text(f'{{"version":1,"figures":{{"a":{{"b":{{"weight":1.0,"after_request":[{figure},0.0]}}}}}}}}')
+    assert KeptFile(path, dict[str, LearnedStep]).load() == {}
+    assert caplog.text.count("sequences are learned anew") == 1
+
+
+def test_to_keep_what_was_learned_reads_nothing_early() -> None:
+    """How long an answer took is looked up when an arrival is read: a replay, which keeps nothing, must find the
+    same."""
+    looked_up: list[str] = []
+    learned = Sequences(lambda model, _at_s: looked_up.append(model))
+    learned.note([(at_s, model, Ticket(1, model, tenant="ann")) for at_s, model in ((0.0, "planner"), (2.0, "coder"))])
+    assert learned.steps() == {}
+    assert looked_up == []
+    learned.expected(2.0)
+    assert learned.changed
+    assert set(learned.steps()) == {"planner"}
 
 
 def test_nothing_grows_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:

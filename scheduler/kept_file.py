@@ -1,4 +1,4 @@
-"""Learned footprints on disk, between two runs.
+"""What was learned, on disk, between two runs: one small file for each kind of it.
 
 A file that cannot be used is set aside: learning again costs little.
 """
@@ -8,42 +8,43 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
-
-from scheduler.footprints import Footprints
 
 log = logging.getLogger("vramp.scheduler")
 
 VERSION = 1
+T = TypeVar("T")
 
 
-class _Stored(msgspec.Struct, forbid_unknown_fields=True):
+class _Stored(msgspec.Struct, Generic[T], forbid_unknown_fields=True):
     version: int
-    figures: dict[str, list[int]]
+    figures: dict[str, T]
 
 
-class FootprintFile:
-    """One file, which only this process writes."""
+class KeptFile(Generic[T]):
+    """One file, which only this process writes: figures of one type by name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[T]) -> None:
         self._path = path
+        self._kind = kind
 
-    def load(self) -> Footprints:
+    def load(self) -> dict[str, T]:
         """What was learned before; empty without a usable file. Raises nothing."""
         try:
-            stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
+            stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored[self._kind])  # type: ignore[name-defined]
         except FileNotFoundError:
-            return Footprints()
+            return {}
         except (OSError, msgspec.DecodeError) as error:
             self._set_aside(str(error))
-            return Footprints()
+            return {}
         if stored.version != VERSION:
             self._set_aside(f"it is of version {stored.version}, and this is version {VERSION}")
-            return Footprints()
-        return Footprints.of(stored.figures)
+            return {}
+        return stored.figures
 
-    def save(self, figures: dict[str, list[int]]) -> None:
+    def save(self, figures: dict[str, T]) -> None:
         """Written beside and renamed: a crash leaves the old file or the new one. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
@@ -55,7 +56,8 @@ class FootprintFile:
 
     def _set_aside(self, why: str) -> None:
         aside = self._path.with_suffix(".unusable")
-        log.warning("%s cannot be used (%s): kept as %s, footprints are learned anew", self._path, why, aside.name)
+        what = self._path.stem
+        log.warning("%s cannot be used (%s): kept as %s, %s are learned anew", self._path, why, aside.name, what)
         try:
             self._path.replace(aside)
         except OSError as error:
