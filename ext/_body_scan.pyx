@@ -513,7 +513,8 @@ cdef bint read_answer_into(Text p, Py_ssize_t size, Answered* answered) noexcept
     answered.prompt = _said_first(said.count[PROMPT], said.count[INPUT])
     answered.cached = _said_first(said.count[CACHED], said.count[CACHE_READ])
     answered.output = _said_first(said.count[COMPLETION], said.count[OUTPUT])
-    answered.reason, answered.reason_size = <const char*>said.reason, said.reason_size
+    answered.reason = <const char*>said.reason
+    answered.reason_size = 0 if said.reason == NULL else said.reason_size
     return True
 
 

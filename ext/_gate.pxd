@@ -27,7 +27,7 @@ cdef class Form:
     cdef vector[string] _texts
     cdef vector[int] _fields
     cdef bint _sparse
-    cdef bytes _line(self, Gate gate, const Ride* ride, double at_s)
+    cdef bytes _line(self, const Ride* ride, double at_s)
 
 
 cdef class Gate:
@@ -36,10 +36,10 @@ cdef class Gate:
     cdef readonly Tally tally
     cdef long long _stated, _guessed
     cdef int _bytes_per_token
-    cdef string _id, _facts, _wait, _rest
+    cdef string _facts, _wait, _rest
     cdef list _forms
     cdef bint _admit(self, Ride* ride, string* rates) noexcept
+    cdef int _withdraw(self, const Ride* ride) except -1
     cdef object _grant(self, const Ride* ride, const string* rates)
     cdef int _settle(self, Ride* ride) except -1
     cdef void _head(self, const Ride* ride, const string* passed, const string* rates, string* head) noexcept
-    cdef str _request_id(self, const Ride* ride)

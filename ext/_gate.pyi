@@ -18,8 +18,8 @@ class Gate:
     """What requests of one kind take, and what is written of them.
 
     `limits` are the meters of the key and of the model; `stated` tokens and `guessed` ones are reserved with what the
-    body's size says. `request_id` is the caller's own, or empty. `facts` are lines of the answer's head: before the id,
-    between it and the milliseconds upstream, after those. `forms` are (form, who takes its line).
+    body's size says. `facts` are lines of the answer's head: before the id, between it and the milliseconds upstream,
+    after those. `forms` are (form, who takes its line).
     """
 
     def __init__(
@@ -32,7 +32,6 @@ class Gate:
         guessed: int,
         bytes_per_token: int,
         tally: Tally,
-        request_id: bytes,
         facts: tuple[bytes, bytes, bytes],
         forms: list[tuple[Form, Callable[[bytes], None]]],
     ) -> None: ...

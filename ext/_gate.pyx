@@ -16,7 +16,7 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from ext._json_lines cimport put_steps, put_whole
-from ext._rate_counters cimport LINES, Short, grant_of, header_lines, reserve, settle
+from ext._rate_counters cimport LINES, Short, cancel, grant_of, header_lines, reserve, settle
 
 import os
 
@@ -77,7 +77,7 @@ cdef class Form:
             self._fields.push_back(field)
         self._sparse = sparse
 
-    cdef bytes _line(self, Gate gate, const Ride* ride, double at_s):
+    cdef bytes _line(self, const Ride* ride, double at_s):
         cdef string line
         cdef size_t i
         cdef long long count
@@ -100,7 +100,7 @@ cdef class Form:
             elif field == AT_MS:
                 put_steps(&line, <double>llrint(at_s * 1000) / 1000)
             elif field == ID:
-                _quoted(&line, gate._id.data() if gate._id.size() else ride.id, gate._id.size() or GIVEN)
+                _quoted(&line, ride.id, GIVEN)
             elif field == REMOTE:
                 _quoted(&line, ride.remote, ride.remote_size)
             elif field == FIRST_BYTE:
@@ -163,14 +163,12 @@ cdef class Gate:
         long long guessed,
         int bytes_per_token,
         Tally tally not None,
-        bytes request_id not None,
         tuple facts not None,
         list forms not None,
     ):
         self.flying, self.slots, self.tally = flying, slots, tally
         self.key, self.model = limits
         self._stated, self._guessed, self._bytes_per_token = stated, guessed, bytes_per_token
-        self._id = request_id
         self._facts, self._wait, self._rest = facts
         self._forms = forms
 
@@ -192,11 +190,17 @@ cdef class Gate:
                 return False
             rates.assign(lines, header_lines(lines, self.key, self.model, ride.began_s))
         self.flying._take()
-        if self._id.size() == 0:
-            _new_id(ride.id)
+        _new_id(ride.id)
         ride.first_byte_s = 0.0
         ride.bytes_out = 0
         return True
+
+    cdef int _withdraw(self, const Ride* ride) except -1:
+        """As if it had not been admitted."""
+        if self.slots is not None:
+            self.slots._give()
+        cancel(self.key, self.model, ride.key_cost, ride.model_cost)
+        return self.flying._give()
 
     cdef object _grant(self, const Ride* ride, const string* rates):
         """What was reserved, for Python to settle."""
@@ -205,20 +209,12 @@ cdef class Gate:
         headers = PyUnicode_DecodeASCII(rates.data(), rates.size(), NULL)
         return grant_of(self.key, self.model, ride.key_cost, ride.model_cost, headers)
 
-    cdef str _request_id(self, const Ride* ride):
-        if self._id.size():
-            return PyUnicode_DecodeASCII(self._id.data(), self._id.size(), NULL)
-        return PyUnicode_DecodeASCII(ride.id, GIVEN, NULL)
-
     cdef void _head(self, const Ride* ride, const string* passed, const string* rates, string* head) noexcept:
         """All of an answer's head but its framing and its date. `passed` are the upstream's lines."""
         head.assign(b"HTTP/1.1 200 OK\r\n")
         _append(head, passed, rates.size() > 0)
         head.append(self._facts)
-        if self._id.size():
-            head.append(self._id)
-        else:
-            head.append(ride.id, GIVEN)
+        head.append(ride.id, GIVEN)
         head.append(self._wait)
         put_whole(head, llrint((ride.first_byte_s - ride.began_s) * 1000))
         head.append(self._rest)
@@ -246,5 +242,5 @@ cdef class Gate:
         if self._forms:
             at_s = vr_wall()
             for form, take in self._forms:
-                take((<Form>form)._line(self, ride, at_s))
+                take((<Form>form)._line(ride, at_s))
         return 0

@@ -9,6 +9,8 @@ from ext.body_scan import Spans
 from ext.rate_counters import Grant
 from ext.sse import EventScanner
 
+Lease = tuple[Pool, bytes, int, str]  # where to, the request's head without its length, and what Python wants besides
+
 class Exchange(Protocol):
     """One request that was decided. After `whole`, `ended` or `failed` nothing else is called."""
 
@@ -35,6 +37,12 @@ class Owner(Protocol):
 
     def decide(self, client: Client) -> Exchange | None:
         """The exchange of a whole request, after `client.forward`; None to hand it over. Never waits."""
+
+    def lease(self, client: Client, origin: Any) -> Lease | None:
+        """A lease for a request by a flow that has no pool; None where there is none at once. Never waits."""
+
+    def give_back(self, lease: Lease, prompt_tokens: int | None, output_tokens: int) -> None:
+        """The request of that lease was answered and used so much; None: nobody knows."""
 
     def resume(self, client: Client) -> Exchange:
         """The exchange of a request that went by `client.flow`: something is to be asked of it."""
@@ -68,20 +76,20 @@ class Flow:
     """Where requests of one kind go. `origin` is whatever Python needs to go on with one of them.
 
     `head` is that of the request upstream, without its length. `changes` are (which member of the body, its new value):
-    0 `model`, 1 `stream_options`, 2 `priority`, -1 what is put before the first. `bounds` are those of `Client.scan`,
-    `stream_lines` what every stream's head has after its content type. Until `until_s` on the relay's clock.
+    0 `model`, 1 `stream_options`, 2 `priority`, -1 what is put before the first. `stream_lines` are what every stream's
+    head has after its content type. It is good until `until_s` on the relay's clock. Without a `pool` each request
+    needs an `Owner.lease`.
     """
 
     def __init__(
         self,
         origin: object,
         gate: Gate,
-        pool: Pool,
+        pool: Pool | None,
         head: bytes,
         changes: list[tuple[int, bytes]],
         limits: Limits,
         *,
-        bounds: tuple[int, int, int],
         stream_lines: bytes,
         withhold_usage: bool,
         until_s: float,
@@ -116,8 +124,8 @@ class Client:
         """Bytes of the answer's body that went without asking."""
     @property
     def first_byte_s(self) -> float: ...
-    def scan(self, max_head: int, max_body: int, max_depth: int) -> bool:
-        """Scan the body (`ext.body_scan`); False where it is not ordinary, or it or the head is larger than that."""
+    def scan(self) -> bool:
+        """Scan the body (`ext.body_scan`); False where it is not ordinary, or it or the head is too large."""
     @property
     def short(self) -> bytes:
         """The body's short form. After `scan`."""
@@ -126,15 +134,12 @@ class Client:
         """Where in the body the members are that may be spliced. After `scan`."""
     @property
     def memo(self) -> Any:
-        """After `scan`: what was remembered for a request here that said the same, but for its messages; else None.
+        """After `scan`: what was remembered for a request that said the same, but for its messages; else None.
 
         The same path, the same kept headers and the same short form, byte for byte.
         """
-    @property
-    def kind(self) -> bytes:
-        """What `memo` stands for: path, kept headers and short form as one text. It may hold a key. After `scan`."""
     def remember(self, memo: object, flow: Flow | None = None) -> None:
-        """Keep this as `memo` until a request here says something else; those that say the same go by the flow."""
+        """Keep this as `memo` for requests that say the same, on whichever connection; they go by the flow."""
     @property
     def flow(self) -> Flow | None:
         """The flow that the request goes by; the rest is known of such a request only."""
@@ -142,6 +147,8 @@ class Client:
     def request_id(self) -> str: ...
     @property
     def began_s(self) -> float: ...
+    @property
+    def lease(self) -> Lease | None: ...
     def take_grant(self) -> Grant | None:
         """What was reserved for it; to be settled by whoever takes it."""
     @property
@@ -183,11 +190,13 @@ class Relay:
         keepalive_s: float,
     ) -> None: ...
     passing: bool
-    """Whether requests go by flows; if not, Python is asked about each."""
+    """Whether requests go by flows; if not, as at first, Python is asked about each."""
     @property
     def now_s(self) -> float: ...
     @property
     def connections(self) -> int: ...
+    def bound(self, max_head: int, max_body: int, max_depth: int) -> None:
+        """What is larger, in bytes, or whose body is nested deeper, is not taken."""
     def forget_flows(self) -> None:
         """No request goes by a flow that there is now; those under way go on."""
     def fileno(self) -> int: ...

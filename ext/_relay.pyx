@@ -28,7 +28,7 @@ Its twin is the ordinary lane of the proxy's server. The protocol with Python is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
 from libc.stdio cimport snprintf
@@ -38,8 +38,10 @@ from libc.time cimport time, time_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+import hashlib
+
 from ext._body_scan cimport Answered, Places, read_answer_into, scan_into, spans_of
-from ext._gate cimport Gate, Ride
+from ext._gate cimport GIVEN, Gate, Ride
 from ext._json_lines cimport put_whole
 from ext._sse cimport EventScanner
 from ext._tls cimport RECORD, Tls
@@ -181,11 +183,14 @@ cdef enum:
     LEAST_READ = 4096  # room for this much is made before a read that goes on with a request
     SMALL = 16 << 10  # a connection keeps a buffer of this size when it has nothing to hold
     MOST_SPARE = 64  # larger buffers, of SCRATCH bytes, that the relay keeps for the next large requests
+    MOST_KINDS = 4096
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
     SEALED = 32 << 10  # so much is read over TLS at once: its buffer keeps its size
     NAME = 40  # longer header names are none of ours
     MOST_NAMES = 64
+
+_blake2b = hashlib.blake2b
 
 cdef long long SECOND = 1000000000
 cdef long long TICK = 50000000
@@ -386,17 +391,14 @@ cdef class Flow:
     cdef string _streams
     cdef bint _withholds
     cdef long long _until
-    cdef size_t _max_head, _max_body
-    cdef int _max_depth
 
     def __init__(
-        self, origin, Gate gate not None, Pool pool not None, bytes head not None, changes, Limits limits not None, *,
-        tuple bounds not None, bytes stream_lines not None, bint withhold_usage, double until_s,
+        self, origin, Gate gate not None, Pool pool, bytes head not None, changes, Limits limits not None, *,
+        bytes stream_lines not None, bint withhold_usage, double until_s,
     ):
         self.origin, self._gate, self._pool, self._head, self._limits = origin, gate, pool, head, limits
         self._texts = [text for _, text in changes]
         self._members = [member for member, _ in changes]
-        self._max_head, self._max_body, self._max_depth = bounds
         self._streams = stream_lines
         self._withholds = withhold_usage
         self._until = <long long>(until_s * SECOND) if until_s < 1e9 else NEVER
@@ -747,6 +749,7 @@ cdef class Client(Conn):
     cdef object _exchange  # of the request that is under way; while it is `_riding`, the flow that it goes by
     cdef EventScanner _scanner
     cdef Ride _ride
+    cdef tuple _lease  # of an engine, where its flow needs one
     cdef string _rates
     cdef Upstream _up
     cdef Pool _pool
@@ -807,25 +810,45 @@ cdef class Client(Conn):
         """When the answer's first byte came, on the relay's clock; 0 before it did."""
         return self._first_ns / 1e9
 
-    def scan(self, size_t max_head, size_t max_body, int max_depth):
-        """`ext.body_scan.scan` of the body; False where it or the head is larger, or the body is not ordinary.
+    def scan(self):
+        """`ext.body_scan.scan` of the body; False where it or the head is too large, or the body is not ordinary.
 
         After this `memo` is that of a request which said the same.
         """
-        return self._scanned or self._scan(max_head, max_body, max_depth)
+        return self._scanned or self._scan()
 
-    cdef bint _scan(self, size_t max_head, size_t max_body, int max_depth) except -1:
+    cdef bint _scan(self) except -1:
         cdef const unsigned char* body = <unsigned char*>self._in + self._head
         cdef string* short = &self._relay._text
-        if self._head > max_head or self._body > max_body:
+        if self._head > self._relay._max_head or self._body > self._relay._max_body:
             return False
-        if not scan_into(body, self._body, max_depth, short, &self._places):
+        if not scan_into(body, self._body, self._relay._max_depth, short, &self._places):
             return False
         if short[0] != self._short:
             self._short.assign(short[0])
             self._forget_kind()
+        if self.memo is None:
+            self._recall()
         self._scanned = True
         return True
+
+    cdef int _recall(self) except -1:
+        """Another connection may have asked for the same."""
+        known = self._relay._kinds.get(self._kind())
+        if known is not None:
+            self.memo, self._flow = known
+            self._generation = self._relay._generation
+        return 0
+
+    cdef bytes _kind(self):
+        """Path, kept headers and short form. They hold the caller's key, so a digest stands for them: two texts with
+        one of 128 bits are harder to find than a key."""
+        cdef string text = self._path.encode("ascii")
+        text.push_back(0)
+        text.append(self._said)
+        text.push_back(0)
+        text.append(self._short)
+        return _blake2b(<bytes>text, digest_size=16).digest()
 
     cdef void _forget_kind(self) noexcept:
         """The request is not of the kind of the last one."""
@@ -841,14 +864,11 @@ cdef class Client(Conn):
         """Where in the body its members are that may be spliced. After `scan`."""
         return spans_of(&self._places)
 
-    @property
-    def kind(self):
-        """Path, kept headers and short form as one text. After `scan`."""
-        cdef bytes path = self._path.encode("ascii")
-        return b"%b\0%b\0%b" % (path, <bytes>self._said, <bytes>self._short)
-
     def remember(self, memo, Flow flow=None):
-        """Keep this as `memo` for the next request here of this `kind`, and let it go by the flow if it can."""
+        """Keep this as `memo` for whoever says the same but for its messages, and let it go by the flow if it can."""
+        if len(self._relay._kinds) >= MOST_KINDS:
+            self._relay._kinds.clear()
+        self._relay._kinds[self._kind()] = memo, flow
         self.memo, self._flow = memo, flow
         self._generation = self._relay._generation
 
@@ -877,12 +897,17 @@ cdef class Client(Conn):
     @property
     def request_id(self):
         """Its id."""
-        return (<Flow>self._exchange)._gate._request_id(&self._ride)
+        return PyUnicode_DecodeASCII(self._ride.id, GIVEN, NULL)
 
     @property
     def began_s(self):
         """When it was here, on the relay's clock."""
         return self._ride.began_s
+
+    @property
+    def lease(self):
+        """What `Owner.lease` gave for it; None where its flow needs none."""
+        return self._lease
 
     def take_grant(self):
         """What was reserved for it."""
@@ -1124,13 +1149,12 @@ cdef class Client(Conn):
     # ---- the exchange
 
     cdef int _decide(self) except -1:
-        cdef Flow flow = self._flow
         self._riding = False
-        if flow is not None and self._relay.passing and self._is_good(flow):
-            if not self._scan(flow._max_head, flow._max_body, flow._max_depth):
+        if self._relay.passing:
+            if not self._scan():
                 return self._hand_over(None)
-            self._riding = self._flow is flow and self._rides(flow)
-        exchange = flow if self._riding else self._relay._owner.decide(self)
+            self._riding = self._flow is not None and self._is_good(self._flow) and self._rides(self._flow)
+        exchange = self._flow if self._riding else self._relay._owner.decide(self)
         if exchange is None:
             self._pool = None
             return self._hand_over(None)
@@ -1153,10 +1177,18 @@ cdef class Client(Conn):
             return False
         remote = PyUnicode_AsUTF8AndSize(self._remote, &size)
         self._ride.remote, self._ride.remote_size = remote, size
+        if flow._pool is None:
+            self._lease = self._relay._owner.lease(self, flow.origin)
+            if self._lease is None:
+                flow._gate._withdraw(&self._ride)
+                return False
+            self._toward(self._lease[0], self._lease[1], flow._limits)
+        else:
+            self._lease = None
+            self._toward(flow._pool, flow._head, flow._limits)
         self._edits.clear()
         flow._edits(&self._places, &self._edits)
         self._edited = flow._texts
-        self._toward(flow._pool, flow._head, flow._limits)
         return True
 
     cdef object _python(self):
@@ -1164,7 +1196,7 @@ cdef class Client(Conn):
         if self._riding:
             exchange = self._relay._owner.resume(self)
             self._riding = False
-            self._exchange = exchange
+            self._exchange, self._lease = exchange, None
         return self._exchange
 
     cdef int _send(self, bint fresh=False) except -1:
@@ -1340,6 +1372,11 @@ cdef class Client(Conn):
         parts[0].iov_base, parts[0].iov_len = <void*>head.data(), head.size()
         parts[1].iov_base, parts[1].iov_len = up._body, up._body_len
         taken = self._put(parts, 2)
+        if self._lease is not None:
+            self._relay._owner.give_back(
+                self._lease, said.prompt if said.prompt >= 0 else None, said.output if said.output > 0 else 0
+            )
+            self._lease = None
         flow._gate._settle(ride)
         return self._said_all() if taken else self._gone()
 
@@ -1932,6 +1969,9 @@ cdef class Relay:
     cdef string _date  # the last line of every head, and the empty one, of this second
     cdef time_t _second
     cdef public bint passing
+    cdef dict _kinds  # (memo, flow) by the digest of what is said
+    cdef size_t _max_head, _max_body
+    cdef int _max_depth
     cdef unsigned long long _generation  # of the flows that are good
     cdef int _host  # the place of `host` in `_kept`
     cdef vector[char*] _spare
@@ -1952,7 +1992,7 @@ cdef class Relay:
         self._grave = []
         self._unsent = []
         self._slots = [[] for _ in range(SLOTS)]
-        self.passing = True
+        self._kinds = {}
         self._now = vr_now()
         self._ticked = self._now // TICK
         self._scratch = <char*>malloc(SCRATCH)
@@ -1997,7 +2037,12 @@ cdef class Relay:
 
     def forget_flows(self):
         """No request goes by a flow that there is now; those under way go on."""
+        self._kinds.clear()
         self._generation += 1
+
+    def bound(self, size_t max_head, size_t max_body, int max_depth):
+        """What is larger, or whose body is nested deeper, is not taken."""
+        self._max_head, self._max_body, self._max_depth = max_head, max_body, max_depth
 
     def fileno(self):
         """The epoll descriptor, for an event loop to watch."""

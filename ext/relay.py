@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ext._gate import Form, Gate
-    from ext._relay import Client, Exchange, Flow, Limits, Owner, Pool, Relay
+    from ext._relay import Client, Exchange, Flow, Lease, Limits, Owner, Pool, Relay
 else:
     from ext import backend
 
@@ -20,7 +20,7 @@ else:
         from ext._gate import Form, Gate
     else:
         Form = Gate = None
-    Client = Exchange = Owner = object
+    Client = Exchange = Lease = Owner = object
 
 TICK_S = 0.05  # how often `Relay.tick` is to be called, and how late a limit may act
 
@@ -65,6 +65,7 @@ __all__ = [
     "Flow",
     "Form",
     "Gate",
+    "Lease",
     "Limits",
     "Owner",
     "Pool",

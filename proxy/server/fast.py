@@ -15,14 +15,14 @@ import asyncio
 import logging
 import socket
 from copy import copy
-from hashlib import blake2b
 from math import inf
 from typing import Protocol, cast
 
 import msgspec
 
-from ext.relay import TICK_S, Client, Flow, Pool, Relay
+from ext.relay import TICK_S, Client, Flow, Lease, Pool, Relay
 from ext.relay import Exchange as RelayExchange
+from proxy.dialects.call import Call
 from proxy.dialects.decode import estimated_tokens, session_of
 from proxy.dialects.splice import edits_of
 from proxy.errors import CallError
@@ -35,6 +35,7 @@ from proxy.server.handler import LEFT, Handler, Tried, given_request_id, new_req
 from proxy.server.head import Dates
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
 from proxy.server.packing import PATH as EMBEDDINGS
+from proxy.server.packing import Packer
 from proxy.server.record import PASSED, PASSED_PREFIXES
 from proxy.server.state import State
 from proxy.server.targets import Target, Targets
@@ -42,7 +43,6 @@ from proxy.server.turns import Turns
 
 log = logging.getLogger("vramp.server")
 
-MOST_KINDS = 4096
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
@@ -57,6 +57,7 @@ class Known(msgspec.Struct, eq=False):
 
     state: State
     plan: Plan
+    call: Call
     outcome: Outcome  # copied
     request_id: str | None  # the client's own
     lines: bytes  # its headers that go upstream
@@ -94,7 +95,6 @@ class FastLane:
             keepalive_s=keepalive_s,
         )
         self._targets = Targets(self._loop)
-        self._kinds: dict[bytes, Known] = {}
         self._configured(handler.state)
         handler.on_change = self._changed
         self._tasks: set[asyncio.Task[object]] = set()
@@ -165,7 +165,7 @@ class FastLane:
         if handler.leaving or not handler.ready:
             return None
         self._relay.passing = True
-        if not client.scan(state.max_header, state.max_body, state.max_depth):
+        if not client.scan():
             return None
         known: Known | None = client.memo
         if known is None or known.state is not state:
@@ -194,7 +194,11 @@ class FastLane:
         outcome.grant = client.take_grant()
         if outcome.grant is not None:
             outcome.rate_limits = outcome.grant.headers
-        exchange = Exchange(self, plan, client, outcome, client.began_s, slots=plan.provider.slots)
+        exchange = Exchange(self, plan, client, outcome, client.began_s)
+        if client.lease is not None:
+            _, _, exchange.ticket_id, exchange.engine_id = client.lease
+        else:
+            exchange.slots = plan.provider.slots
         exchange.resume(client.scanner, client.passed, client.output_s, client.first_bytes_out)
         return exchange
 
@@ -205,38 +209,29 @@ class FastLane:
         return outcome
 
     def _known(self, client: Client) -> Known:
-        """What a request says that its connection has not said before. Raises `CallError`."""
-        # The text of a kind holds the caller's key, so it is not kept. Two texts with one digest of 128 bits are harder
-        # to find than a key.
-        kind = blake2b(client.kind, digest_size=16).digest()
-        known = self._kinds.get(kind)
-        if known is None:
-            known = self._new_kind(client)
-            if known.request_id is None:  # else there will be no second one
-                if len(self._kinds) >= MOST_KINDS:
-                    self._kinds.clear()
-                self._kinds[kind] = known
-        client.remember(known)
-        return known
-
-    def _new_kind(self, client: Client) -> Known:
+        """What a request says that nobody has said before. Raises `CallError`."""
         headers, state = client.headers, self._state
         tenant = state.keys.authenticate(headers)
         plan = self._plans.find(client.path, headers, client.short)
         outcome = copy(plan.outcome)
         outcome.tenant = tenant
+        call = copy(plan.call)
+        call.tenant, call.session = tenant, session_of(headers)
         lines = "".join([f"{name}: {value}\r\n" for name, value in forwarded(headers).items()])
         target = None if plan.candidate.local else self._targets.find(plan.provider, plan.upstream_path, None)
-        return Known(state, plan, outcome, given_request_id(headers), lines.encode("ascii"), target)
+        return Known(state, plan, call, outcome, given_request_id(headers), lines.encode("ascii"), target)
 
     def _let_follow(self, client: Client, known: Known) -> None:
-        """Let the requests of this kind that follow here go without asking, but on an engine: each needs a lease."""
-        target, now_s = known.target, self._relay.now_s
-        pool = self._pool(target)
-        if target is None or pool is None:
-            return
-        if known.until_s <= now_s:
-            known.until_s = inf if target.pool is not None else now_s + NAMED_S
+        """Let the requests of this kind that follow here go without asking."""
+        if known.request_id is not None:
+            return  # an id of its own makes each a kind of its own
+        plan, target, now_s = known.plan, known.target, self._relay.now_s
+        gathered = (
+            plan.candidate.local and self._packer(plan) is not None
+        )  # with others, or not: that is asked for each
+        if known.until_s <= now_s and not gathered:
+            pool = self._pool(target)
+            known.until_s = inf if target is None or target.pool is not None else now_s + NAMED_S
             known.flow = flow_of(
                 self.handler,
                 known,
@@ -244,8 +239,7 @@ class FastLane:
                 known.outcome,
                 client.spans,
                 pool,
-                target.straight.head + known.lines,
-                given_id=known.request_id or "",
+                b"" if target is None else _head(target, known),
                 until_s=known.until_s,
             )
         client.remember(known, known.flow)
@@ -254,7 +248,7 @@ class FastLane:
         self._state = state
         self._plans = Plans(state)
         self._targets.forget()
-        self._kinds.clear()
+        self._relay.bound(state.max_header, state.max_body, state.max_depth)
 
     def _changed(self) -> None:
         """What was decided may not hold any more: until something is decided again, every request is asked about."""
@@ -279,41 +273,64 @@ class FastLane:
         return sent
 
     def _on_engine(self, exchange: Exchange, known: Known) -> bool:
-        plan, leases, outcome = exchange.plan, self.handler.leases, exchange.outcome
+        plan, client = exchange.plan, exchange.client
         name = plan.candidate.deployment.name
-        packer = plan.state.packer if exchange.client.path == EMBEDDINGS else None
+        packer = self._packer(plan)
         if packer is not None and packer.is_busy(name):
             return False  # it may go together with others
-        call = copy(plan.call)
-        call.tenant, call.prompt_tokens_estimate = outcome.tenant, estimated_tokens(outcome.bytes_in)
-        call.session = session_of(exchange.client.headers)
-        ticket = ticket_for(call, plan.candidate, plan.state, leases, outcome)
-        lease = leases.lease_now(ticket)
+        lease = self._lease(known, client.body_size, exchange.outcome.started_s)
         if lease is None:
             return False
-        exchange.ticket_id, exchange.engine_id = ticket.id, lease.engine_id
+        pool, head, exchange.ticket_id, exchange.engine_id = lease
         if packer is not None:
             exchange.packer = packer
             packer.begin(name)
-        sent = False
+        self._forward(client, plan, pool, head)
+        return True
+
+    def lease(self, client: Client, origin: Known) -> Lease | None:
+        """See `Owner`."""
+        try:
+            return self._lease(origin, client.body_size, self._relay.now_s)
+        except Exception:
+            log.exception("the fast lane could not lease")
+            return None
+
+    def _lease(self, known: Known, size: int, now_s: float) -> Lease | None:
+        """An engine for a request whose body has this size: where to, the head, the ticket, the engine."""
+        plan, leases = known.plan, self.handler.leases
+        ticket = ticket_for(known.call, plan.candidate, known.state, leases, now_s, estimated_tokens(size))
+        lease = leases.lease_now(ticket)
+        if lease is None:
+            return None
+        pool = None
         try:
             target = self._targets.find(plan.provider, plan.upstream_path, lease.base_url)
-            sent = self._sent(exchange, known, target)
+            pool = self._pool(target)
         finally:
-            if not sent:
-                exchange.unpack()
+            if pool is None:
                 leases.give_back(ticket.id)
-        return sent
+        if target is None or pool is None:
+            return None
+        return pool, _head(target, known), ticket.id, lease.engine_id
+
+    def give_back(self, lease: Lease, prompt_tokens: int | None, output_tokens: int) -> None:
+        """See `Owner`."""
+        self.handler.leases.give_back(lease[2], prompt_tokens, None if prompt_tokens is None else output_tokens)
+
+    def _packer(self, plan: Plan) -> Packer | None:
+        return plan.state.packer if plan.call.endpoint.path == EMBEDDINGS else None
 
     def _sent(self, exchange: Exchange, known: Known, target: Target | None) -> bool:
         """Tell the relay where it goes; False where that is not known at once."""
-        plan, client = exchange.plan, exchange.client
         pool = self._pool(target)
         if target is None or pool is None:
             return False
-        head = target.straight.head + known.lines if known.lines else target.straight.head
-        client.forward(pool, head, edits_of(client.spans, plan.changes) if plan.changes else [], plan.limits)
+        self._forward(exchange.client, exchange.plan, pool, _head(target, known))
         return True
+
+    def _forward(self, client: Client, plan: Plan, pool: Pool, head: bytes) -> None:
+        client.forward(pool, head, edits_of(client.spans, plan.changes) if plan.changes else [], plan.limits)
 
     def _pool(self, target: Target | None) -> Pool | None:
         return None if target is None else target.pool or self._targets.resolved(target.straight)
@@ -345,3 +362,8 @@ class FastLane:
         log.exception("the fast lane failed in us")
         if isinstance(exchange, Exchange):
             exchange.abandon()
+
+
+def _head(target: Target, known: Known) -> bytes:
+    """Of a request upstream, without its length."""
+    return target.straight.head + known.lines if known.lines else target.straight.head

@@ -47,14 +47,14 @@ def flow_of(
     plan: Plan,
     outcome: Outcome,
     spans: Spans,
-    pool: Pool,
+    pool: Pool | None,
     head: bytes,
     *,
-    given_id: str,
     until_s: float = inf,
 ) -> Flow:
-    """The flow of calls like this one on a remote backend. `outcome` is of a call that has begun and is not ended."""
-    state, slots = plan.state, plan.provider.slots
+    """The flow of calls like this one. `outcome` is of a call that has begun and is not ended. Without a `pool` each is
+    for an engine, and needs a lease."""
+    state, slots = plan.state, None if plan.candidate.local else plan.provider.slots
     stated, guessed = output_of(plan.call)
     gate = Gate(
         flying=handler.flying,
@@ -64,7 +64,6 @@ def flow_of(
         guessed=guessed,
         bytes_per_token=BYTES_PER_TOKEN,
         tally=handler.metrics.tally(outcome),
-        request_id=given_id.encode("ascii"),
         facts=_facts(outcome),
         forms=_forms(handler, outcome),
     )
@@ -75,7 +74,6 @@ def flow_of(
         head,
         _changes(plan.changes, spans),
         plan.limits,
-        bounds=(state.max_header, state.max_body, state.max_depth),
         stream_lines=_STREAM_LINES.encode("ascii"),
         withhold_usage=withholds_usage(plan.call),
         until_s=until_s,

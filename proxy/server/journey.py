@@ -187,7 +187,9 @@ class Journey:
             await self._exchange(call, candidate, relay, None)
 
     async def _on_engine(self, call: Call, candidate: Candidate, relay: Relay) -> None:
-        with self._leases.lease(ticket_for(call, candidate, self._state, self._leases, self._outcome)) as waiting:
+        started_s, prompt_tokens = self._outcome.started_s, call.prompt_tokens_estimate
+        ticket = ticket_for(call, candidate, self._state, self._leases, started_s, prompt_tokens)
+        with self._leases.lease(ticket) as waiting:
             try:
                 lease = await self._granted(call, waiting)
             except Refused as refused:
@@ -266,16 +268,18 @@ def note_attempt(outcome: Outcome, candidate: Candidate) -> None:
     outcome.backend, outcome.reason = candidate.where, candidate.reason
 
 
-def ticket_for(call: Call, candidate: Candidate, state: State, leases: Leases, outcome: Outcome) -> Ticket:
-    """What the scheduler is asked for."""
+def ticket_for(
+    call: Call, candidate: Candidate, state: State, leases: Leases, started_s: float, prompt_tokens: int
+) -> Ticket:
+    """What the scheduler is asked for. `prompt_tokens` are an estimate."""
     limit_ms = call.deadline_ms or state.deadlines_ms.get(call.latency_class)
     return Ticket(
         id=leases.new_ticket_id(),
         model=candidate.deployment.name,
         latency_class=call.latency_class,
         tenant=call.tenant,
-        weight_tokens=call.prompt_tokens_estimate + (call.max_output_tokens or 0),
-        deadline_s=None if limit_ms is None else outcome.started_s + limit_ms / 1000,
+        weight_tokens=prompt_tokens + (call.max_output_tokens or 0),
+        deadline_s=None if limit_ms is None else started_s + limit_ms / 1000,
         open_ended=call.max_output_tokens is None and call.endpoint.streams,
         session=call.session,
         prefix=prefix_of(call.body),

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
-from ext.relay import Client
 from proxy.accounting import usage
 from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
 from proxy.server.fast import FastLane
@@ -54,6 +54,7 @@ REMOTE: dict[str, tuple[Any, bytes]] = {
     "a chat": (plain(COUNTED % b""), request(call("far"))),
     "cached tokens": (plain(COUNTED % CACHED), request(call("far", max_tokens=50))),
     "no usage": (plain(b'{"choices":[]}'), request(call("far"))),
+    "no reason": (plain(b'{"choices":[{"index":0}]}'), request(call("far"))),
     "a list": (plain(b"[1]"), request(call("far"))),
     "a body of odd usage": (plain(b'{"usage":{"prompt_tokens":"many"}}'), request(call("far"))),
     "in a class": (plain(COUNTED % b""), request(call("far"), CHAT, b"x-vramp-class: batch")),
@@ -81,6 +82,21 @@ REMOTE: dict[str, tuple[Any, bytes]] = {
     "a coded answer": (plain(b"\x1f\x8b", **{"content-encoding": "gzip"}), request(call("far"))),
     "a large answer": (plain(b'{"data":[' + b"0.5," * 300_000 + b"0]}"), request(call("far"))),
 }  # fmt: skip
+
+
+def on_engine(data: bytes) -> bytes:
+    """The same call of a local model."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    body = body.replace(b'"far"', b'"demo-chat"')
+    return re.sub(rb"(content-length:) \d+", rb"\1 %d" % len(body), head) + b"\r\n\r\n" + body
+
+
+# Where a comment comes first, the lanes differ: the ordinary one begins the stream, the fast one waits for the output.
+LOCAL = {
+    f"{name}, local": (behave, on_engine(data))
+    for name, (behave, data) in REMOTE.items()
+    if b'"far"' in data and name != "a stream of comments"
+}
 # As soon as one of these has happened, the connection is the ordinary lane's.
 HANDED_OVER = (
     "no JSON",
@@ -143,6 +159,8 @@ async def seen(proxy: Proxy, answer: bytes) -> dict[str, Any]:
         "row": {name: value for name, value in (await proxy.rows())[-1].items() if name not in TIMES},
         "asked": (path, body, sorted(set(headers.items()) - {("host", headers["host"])})),
         "in use": [meter.in_use for meter in meters],
+        "leases": [(msgspec.structs.replace(each.ticket, id=0), each.usage) for each in proxy.scheduler.waiting],
+        "all returned": proxy.scheduler.all_returned_once,
     }
 
 
@@ -154,11 +172,11 @@ def counts(proxy: Proxy) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("limits", [LimitsConfig(), LIMITS], ids=["free", "limited"])
-@pytest.mark.parametrize("name", REMOTE)
+@pytest.mark.parametrize("name", [*REMOTE, *LOCAL])
 async def test_what_goes_by_a_flow_is_what_is_decided(
     lanes: Lanes, asked: Counter[str], name: str, limits: LimitsConfig
 ) -> None:
-    behave, data = REMOTE[name]
+    behave, data = (REMOTE | LOCAL)[name]
     found: dict[str, list[dict[str, Any]]] = {}
     for way, proxy in zip(("ordinary", "fast"), lanes, strict=True):
         proxy.configure(limits=limits)
@@ -175,10 +193,10 @@ async def test_what_goes_by_a_flow_is_what_is_decided(
             each["line"].pop("bytes_out")
     assert found["fast"] == found["ordinary"]
     assert counts(lanes[1]) == counts(lanes[0])
-    if name in HANDED_OVER:
+    if name.partition(",")[0] in HANDED_OVER:
         assert asked["hand_over"] == 1
     else:
-        assert (asked["decide"], asked["hand_over"]) == (1, 0)
+        assert (asked["decide"], asked["hand_over"]) == (3 if "with an id" in name else 1, 0)
 
 
 async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
@@ -193,17 +211,21 @@ async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
     assert asked == {"decide": 1, "resume": 1}
 
 
-async def test_a_kind_is_decided_once_for_all_connections_but_asked_for_by_each(
-    fast: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Client] = []
-    original = FastLane._new_kind
-    monkeypatch.setattr(FastLane, "_new_kind", lambda self, client: made.append(client) or original(self, client))
+async def test_a_kind_is_decided_once_for_all_connections(fast: Proxy, asked: Counter[str]) -> None:
     for _ in range(3):
         await answer_to(fast, request(call("far")))
-    assert len(made) == 1
-    await answer_to(fast, request(call("far"), CHAT, b"authorization: Bearer other"))
-    assert len(made) == 2
+    assert asked == {"decide": 1}
+    others = {
+        "another key": request(call("far"), CHAT, b"authorization: Bearer other"),
+        "another path": request({"model": "far", "messages": [], "prompt": "x"}, "/v1/completions"),
+        "another model": request(call("demo-chat")),
+        "other parameters": request(call("far", max_tokens=9)),
+        "another class": request(call("far"), CHAT, b"x-vramp-class: batch"),
+    }
+    for at, data in enumerate(others.values()):
+        await answer_to(fast, data)
+        await answer_to(fast, data)
+        assert asked == {"decide": at + 2}
 
 
 @pytest.mark.parametrize("limit", ["concurrency", "requests_per_minute"])
