@@ -50,8 +50,10 @@ class Owner(Protocol):
     def date(self) -> bytes:
         """The last line of a head, its date, and the empty line."""
 
-    def hand_over(self, fd: int, data: bytes, exchange: Exchange | None) -> None:
-        """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it."""
+    def hand_over(self, fd: int, data: bytes, exchange: Exchange | None, remote: str) -> None:
+        """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it, the
+        client's address. Where the client speaks TLS, the descriptor is of a socket pair, and what is plain is there.
+        """
 
     def bug(self, exchange: Exchange | None) -> None:
         """Called in an `except` block: an error of ours ended this exchange and its connections."""
@@ -188,7 +190,10 @@ class Relay:
         passed: Iterable[str],
         passed_families: Iterable[str],
         keepalive_s: float,
-    ) -> None: ...
+        stall_s: float,
+        handshake_s: float,
+    ) -> None:
+        """Of clients that speak TLS: `stall_s` is how long one may take nothing after it was handed over."""
     passing: bool
     """Whether requests go by flows; if not, as at first, Python is asked about each."""
     @property
@@ -200,7 +205,7 @@ class Relay:
     def forget_flows(self) -> None:
         """No request goes by a flow that there is now; those under way go on."""
     def fileno(self) -> int: ...
-    def listen(self, fd: int, watched: bool = True) -> Listener: ...
+    def listen(self, fd: int, watched: bool = True, tls: SSLContext | None = None) -> Listener: ...
     def stop_listening(self) -> None: ...
     def pump(self) -> None: ...
     def tick(self) -> None: ...

@@ -22,6 +22,7 @@ What always holds:
 - of one exchange at most one of `whole`, `ended`, `failed` is called, once, except that `whole` may decline by None;
 - nothing is read from an upstream while its client has bytes to take, so what waits for a client is one read at most;
 - what a turn has to say is sent at its end, in one go: a peer on another core is woken once, not once for each;
+- over TLS (`_tls.pyx`) what is held to be sent is sealed already, and what is read is plain, all that there is of it;
 - a connection whose descriptor is closed is kept until the batch of events is over, since one of them may name it.
 
 Its twin is the ordinary lane of the proxy's server. The protocol with Python is in `_relay.pyi`.
@@ -98,6 +99,8 @@ cdef extern from *:
         if (connect(fd, a, n) < 0 && errno != EINPROGRESS) { int e = errno; close(fd); errno = e; return -1; }
         return fd;
     }
+    /* Two ends of a pipe with two ways; -1 with errno. */
+    static int vr_pair(int *ends) { return socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends); }
     static inline int vr_failed(int why) { errno = why; return -1; }
     static int vr_error(int fd) {
         int e = 0; socklen_t n = sizeof e;
@@ -140,6 +143,7 @@ cdef extern from *:
     int vr_watch(int ep, int op, int fd, unsigned events, void* tag) noexcept nogil
     int vr_accept(int listener, char* text, int size) noexcept nogil
     int vr_connect(const char* host, int port) noexcept nogil
+    int vr_pair(int* ends) noexcept nogil
     int vr_failed(int why) noexcept nogil
     int vr_error(int fd) noexcept nogil
     ssize_t vr_send(int fd, iovec* parts, int count) noexcept nogil
@@ -516,11 +520,15 @@ cdef class Conn:
     cdef bint _put(self, iovec* parts, int count) except? False:
         """Send at the end of the turn, what is large at once; False when the connection is dead."""
         cdef size_t size = 0
+        cdef bint now
         cdef int i
         self._say()
         for i in range(count):
             size += parts[i].iov_len
-        if size > AT_ONCE and self._out_len == 0:
+        now = size > AT_ONCE and self._out_len == 0
+        if self._tls is not None:
+            return self._seal(parts, count, now)
+        if now:
             return self._send_now(parts, count)
         self._keep(parts, count, 0)
         return True
@@ -529,7 +537,7 @@ cdef class Conn:
         """Send, keeping what the socket does not take; False when the connection is dead."""
         cdef ssize_t taken
         if self._tls is not None:
-            return self._seal(parts, count)
+            return self._seal(parts, count, True)
         taken = vr_send(self._fd, parts, count)
         if taken < 0 and not _blocked():
             return False
@@ -553,9 +561,9 @@ cdef class Conn:
 
     # ---- TLS
 
-    cdef bint _seal(self, iovec* parts, int count) except? False:
-        """`_send_now` over TLS, in records as large as they may be: each costs as much as a kilobyte in one. They are
-        taken from TLS one by one, so that it keeps a buffer of one, and sent in one go."""
+    cdef bint _seal(self, iovec* parts, int count, bint now) except? False:
+        """Send over TLS, now or at the end of the turn, in records as large as they may be: each costs as much as a
+        kilobyte in one. They are taken from TLS one by one, so that it keeps a buffer of one, and sent in one go."""
         cdef char record[RECORD]
         cdef size_t held = 0, at, more
         cdef vector[iovec] sealed
@@ -576,7 +584,10 @@ cdef class Conn:
         if held and not self._tls.write(record, held):
             return False
         owners.append(self._said_over_tls(&sealed))
-        return self._send_sealed(&sealed)
+        if now:
+            return self._send_sealed(&sealed)
+        self._keep(sealed.data(), sealed.size(), 0)
+        return True
 
     cdef bytes _said_over_tls(self, vector[iovec]* sealed):
         """Add what TLS has to say, which belongs to the answer."""
@@ -612,14 +623,14 @@ cdef class Conn:
 
     cdef ssize_t _plain(self, char* to, size_t room) except? -1:
         """As `recv` answers, in plain text: all that has come, for what TLS keeps does not make the socket readable.
-        An end that TLS was not told of is ECONNRESET."""
+        Room for SCRATCH bytes is enough. An end that TLS was not told of is ECONNRESET."""
         cdef ssize_t size
         if self._tls is None:
             return recv(self._fd, to, room, 0)
         size = self._take_sealed()
         if size > 0:
             size = self._tls.read(to, room)
-            self._send_said()  # an alert, or new keys
+            self._send_said()  # a part of the handshake, an alert, new keys
             if self._out_len:
                 self._say()
             if size > 0:
@@ -699,6 +710,8 @@ cdef char* _grown(char* buffer, size_t* cap, size_t size) except NULL:
 cdef class Listener(Conn):
     """A listening socket. Whoever opened it closes it; a copy of the descriptor is ours."""
 
+    cdef object _context  # of TLS, if that is spoken here
+
     def accept(self, int most):
         """Take connections that are there; how many there were, `most` at most, or -1 if there is no descriptor for
         one. For a listener that is not watched."""
@@ -718,7 +731,10 @@ cdef class Listener(Conn):
             client = Client.__new__(Client)
             client._remote = (<bytes>peer).decode()
             client._open(self._relay, fd, EPOLLIN | EPOLLRDHUP)
-            client._await(self._relay._keepalive)
+            if self._context is not None:
+                client._tls = Tls(self._context, None)
+                client._shaking = True
+            client._await(self._relay._handshake if client._shaking else self._relay._keepalive)
         return most
 
     cdef int _ready(self, unsigned events) except -1:
@@ -757,7 +773,7 @@ cdef class Client(Conn):
     cdef vector[Edit] _edits
     cdef list _edited  # keeps the texts of Python's edits
     cdef readonly bint started  # something of the answer is out: it cannot be handed over any more
-    cdef bint _committed, _retried, _riding, _scanned
+    cdef bint _committed, _retried, _riding, _scanned, _shaking
     cdef readonly long long bytes_out
     cdef int _why
     cdef long long _total, _first_ns
@@ -972,20 +988,36 @@ cdef class Client(Conn):
         cdef ssize_t size = self._receive()
         if size <= 0:
             if size < 0 and (errno == EAGAIN or errno == EINTR):
-                return 0
+                return self._just_shaken()
             self._gone()
             return 0
+        self._shaking = False
         self._in_len += size
         if self._exchange is None and self._out_len == 0:
             self._requests()
         elif self._in_len > self._head + self._body + MOST_AHEAD:
             self._watch(self._mask & ~<unsigned>EPOLLIN | EPOLLRDHUP)
+        if self._ended() and not self._closed:
+            self._gone()
+        return 0
+
+    cdef int _just_shaken(self) except -1:
+        """Once its handshake is done, a client has time to say something."""
+        if self._shaking and self._tls.shaken:
+            self._shaking = False
+            self._await(self._relay._keepalive)
         return 0
 
     cdef ssize_t _receive(self) except? -1:
         """Read behind what is held; as `recv` answers. What is large is not copied: it stays where it was read."""
         cdef char* read
         cdef ssize_t size
+        if self._tls is not None:
+            size = self._plain(self._relay._scratch, SCRATCH)
+            if size > 0:
+                self._reserve_in(max(self._head + self._body, self._in_len + size))
+                memcpy(self._in + self._in_len, self._relay._scratch, size)
+            return size
         if self._in_len:
             self._reserve_in(max(self._head + self._body, self._in_len + LEAST_READ))
             return recv(self._fd, self._in + self._in_len, self._in_cap - self._in_len, 0)
@@ -1463,12 +1495,34 @@ cdef class Client(Conn):
 
     cdef int _hand_over(self, exchange) except -1:
         """Let the other lane go on with this connection."""
-        cdef int fd = self._fd
+        cdef int fd = self._fd if self._tls is None else self._bridged()
         data = PyBytes_FromStringAndSize(self._in, self._in_len)
         self._exchange = self._scanner = self._pool = None
         self._drop(False)
-        self._relay._owner.hand_over(fd, data, exchange)
+        self._relay._owner.hand_over(fd, data, exchange, self._remote)
         return 0
+
+    cdef int _bridged(self) except -1:
+        """A descriptor of what the client says in plain text. Its own stays here, for TLS is spoken there."""
+        cdef int ends[2]
+        cdef Bridge outer, inner
+        if vr_pair(ends) < 0:
+            raise OSError(errno, _why_not(errno))
+        self._watch(0)
+        outer, inner = Bridge.__new__(Bridge), Bridge.__new__(Bridge)
+        outer._other, inner._other = inner, outer
+        outer._tls, self._tls = self._tls, None
+        outer._out, outer._out_off, outer._out_len, outer._out_cap = (
+            self._out, self._out_off, self._out_len, self._out_cap
+        )
+        self._out = NULL
+        outer._open(self._relay, self._fd, 0)
+        inner._open(self._relay, ends[0], 0)
+        if outer._ended():
+            outer._leave()
+        else:
+            outer._balance()
+        return ends[1]
 
 
 cdef str _why_not(int number):
@@ -1951,6 +2005,93 @@ cdef class Upstream(Conn):
         return 0
 
 
+cdef class Bridge(Conn):
+    """One of two ends: a client that speaks TLS, and a socket on which somebody else hears in plain text what it says.
+
+    Nothing is read at one end while the other has something to write. `_other` is None once that is closed: then this
+    one closes when all is written.
+    """
+
+    cdef Bridge _other
+
+    cdef int _ready(self, unsigned events) except -1:
+        if events & EPOLLOUT:
+            self._flushed(self._flush())
+        if not self._closed and events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self._readable()
+        return 0
+
+    cdef int _expired(self) except -1:
+        return self._leave()
+
+    cdef int _flushed(self, int state) except -1:
+        if state < 0 or (state == 1 and self._other is None):
+            return self._leave()
+        return self._balance()
+
+    cdef int _readable(self) except -1:
+        cdef ssize_t size = self._pass_on()
+        if size < 0 and (errno == EAGAIN or errno == EINTR):
+            return 0
+        if size <= 0 or self._ended():
+            return self._leave()
+        return 0
+
+    cdef ssize_t _pass_on(self) except? -1:
+        """Give the other end what has come, to be written at the end of the turn; as `recv` answers."""
+        cdef iovec part
+        cdef ssize_t size
+        if self._other is None:
+            return 0
+        part.iov_base = self._relay._scratch
+        size = self._plain(self._relay._scratch, SCRATCH)
+        if size > 0:
+            part.iov_len = size
+            if not self._other._put(&part, 1):
+                return 0
+        return size
+
+    cdef int _balance(self) except -1:
+        self._look()
+        if self._other is not None:
+            self._other._look()
+        return 0
+
+    cdef int _look(self) except -1:
+        """Watch for what can be done. Only a client has a limit: the other end may be busy with what came before."""
+        cdef unsigned mask = 0
+        if self._other is not None and self._other._out_len == 0:
+            mask = EPOLLIN | EPOLLRDHUP
+        if self._out_len:
+            mask |= EPOLLOUT
+        self._watch(mask)
+        self._limit_at(self._relay._now + self._relay._stall if self._out_len and self._tls is not None else NEVER)
+        return 0
+
+    cdef int _leave(self) except -1:
+        """Close this end, and the other one once it has written all."""
+        cdef Bridge other = self._other
+        self._other = None
+        self._drop(True)
+        if other is None:
+            return 0
+        other._other = None
+        return other._say() if other._out_len else other._drop(True)
+
+    cdef int _cut(self) except -1:
+        """Close both ends now, with what has been said to the client."""
+        cdef Bridge other = self._other
+        if self._tls is None:
+            while self._pass_on() > 0 and other._flush() == 1:
+                pass
+        self._other = None
+        self._drop(True)
+        if other is not None:
+            other._other = None
+            other._drop(True)
+        return 0
+
+
 cdef inline bint _is_hex(char c) noexcept nogil:
     return 48 <= c <= 57 or 97 <= (c | 32) <= 102
 
@@ -1961,7 +2102,7 @@ cdef class Relay:
     cdef int _ep
     cdef object _owner
     cdef Names _paths, _kept, _foreign, _passed, _passed_families
-    cdef long long _now, _keepalive, _ticked
+    cdef long long _now, _keepalive, _stall, _handshake, _ticked
     cdef set _open_conns
     cdef list _grave, _slots, _unsent
     cdef char* _scratch
@@ -1977,7 +2118,10 @@ cdef class Relay:
     cdef vector[char*] _spare
     cdef bint _lent, _closing
 
-    def __cinit__(self, owner, *, paths, kept, foreign, passed, passed_families, double keepalive_s):
+    def __cinit__(
+        self, owner, *, paths, kept, foreign, passed, passed_families, double keepalive_s, double stall_s,
+        double handshake_s
+    ):
         self._owner = owner
         self._paths = Names(paths)
         self._kept = Names(kept)
@@ -1988,6 +2132,8 @@ cdef class Relay:
         self._passed = Names(passed)
         self._passed_families = Names(passed_families)
         self._keepalive = <long long>(keepalive_s * SECOND)
+        self._stall = <long long>(stall_s * SECOND)
+        self._handshake = <long long>(handshake_s * SECOND)
         self._open_conns = set()
         self._grave = []
         self._unsent = []
@@ -2058,10 +2204,11 @@ cdef class Relay:
         """How many connections are open, to both sides, listeners included."""
         return len(self._open_conns)
 
-    def listen(self, int fd, bint watched=True):
+    def listen(self, int fd, bint watched=True, tls=None):
         """Accept from this listening socket: as connections come, or where it is not `watched`, when told to. The
-        descriptor, not blocking, is ours from now on."""
+        descriptor, not blocking, is ours from now on. With a `tls` context it is spoken there."""
         cdef Listener listener = Listener.__new__(Listener)
+        listener._context = tls
         listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE if watched else 0)
         return listener
 
@@ -2174,6 +2321,8 @@ cdef class Relay:
             if isinstance(conn, Client):
                 if (<Client>conn)._exchange is None:
                     (<Conn>conn)._drop(True)
+            elif isinstance(conn, Bridge):
+                (<Bridge>conn)._cut()
             elif (<Upstream>conn)._client is None:
                 (<Conn>conn)._drop(True)
         self._grave.clear()
@@ -2185,6 +2334,8 @@ cdef class Relay:
             client = <Client>conn
         elif isinstance(conn, Upstream):
             client = (<Upstream>conn)._client
+        elif isinstance(conn, Bridge):
+            (<Bridge>conn)._leave()
         exchange = None
         if client is not None:
             try:

@@ -5,7 +5,7 @@ cdef enum:
 
 cdef class Tls:
     cdef object _object, _incoming, _outgoing
-    cdef readonly bint ended
+    cdef readonly bint shaken, ended
     cdef readonly str words
 
     cdef int shake(self) except -2

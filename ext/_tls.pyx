@@ -2,7 +2,7 @@
 """TLS of one connection, between buffers: sealed bytes from and to a socket on one side, plain ones on the other.
 
 It is CPython's own `ssl.SSLObject` over two `MemoryBIO`s, so there is one OpenSSL in the process, with one trust store
-and one set of settings for both lanes. What it costs beside OpenSSL itself is a dozen calls for a request, 2 µs.
+and one set of settings for both lanes. What it costs beside OpenSSL itself is a dozen calls for a request.
 Refused: linking OpenSSL (a second one beside Python's, with headers to build and a version to follow), uvloop's
 transports (five times a request's cost), and TLS in the kernel (Python's `ssl` gives nobody the keys).
 
@@ -19,12 +19,15 @@ from ext.tls_words import why
 
 
 cdef class Tls:
-    """One connection's TLS, on the client's side."""
+    """One connection's TLS."""
 
-    def __cinit__(self, context, str name, session):
-        """The peer's certificate must be for `name`. `session`: an earlier one with it to go on with, or None."""
+    def __cinit__(self, context, str name, session=None):
+        """The peer's certificate must be for `name`; without one the peer is a client. `session`: an earlier one with
+        it to go on with, or None."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name, session=session)
+        self._object = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=name is None, server_hostname=name, session=session
+        )
 
     cdef int shake(self) except -2:
         """Go on with the handshake. 1: it is done; 0: the peer is to say something; -1: it failed."""
@@ -35,6 +38,7 @@ cdef class Tls:
         except ssl.SSLError as error:
             self.words = why(error)
             return -1
+        self.shaken = True
         return 1
 
     cdef int take(self, const char* data, size_t size) except -1:
@@ -43,8 +47,11 @@ cdef class Tls:
         return 0
 
     cdef ssize_t read(self, char* to, size_t room) except -1:
-        """All plain text that is there; its size. There must be room for all that was taken and for a record more."""
+        """All plain text that is there; its size. There must be room for all that was taken and for a record more.
+        What comes before it is the handshake."""
         cdef ssize_t got = 0, size
+        if not self.shaken and self.shake() <= 0:
+            return 0
         while True:
             try:
                 size = self._object.read(room - got, PyMemoryView_FromMemory(to + got, room - got, PyBUF_WRITE))

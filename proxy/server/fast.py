@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from copy import copy
 from math import inf
 from typing import Protocol, cast
@@ -43,6 +44,7 @@ from proxy.server.turns import Turns
 
 log = logging.getLogger("vramp.server")
 
+HANDSHAKE_S = 10.0  # of TLS, for a client
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
@@ -69,18 +71,28 @@ class Known(msgspec.Struct, eq=False):
 class Serves(Protocol):
     """Makes the protocol of a connection that aiohttp goes on with."""
 
-    def __call__(self, read: bytes = b"", tried: Tried | None = None) -> asyncio.Protocol:
-        """Of a connection of which something was `read` already."""
+    def __call__(self, read: bytes = b"", tried: Tried | None = None, remote: str = "") -> asyncio.Protocol:
+        """Of a connection of which something was `read` already, by a client at `remote`."""
         ...
 
 
 class FastLane:
     """Accepts connections, and decides on their requests. `http` goes on with those that are not for here."""
 
-    def __init__(self, handler: Handler, http: Serves, *, keepalive_s: float, shared: bool = False) -> None:
-        """`shared`: other processes accept from the same sockets."""
+    def __init__(
+        self,
+        handler: Handler,
+        http: Serves,
+        *,
+        keepalive_s: float,
+        stall_s: float,
+        shared: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`shared`: other processes accept from the same sockets. With `tls` clients speak that."""
         self.handler = handler
         self._shared = shared
+        self._tls = tls
         self._turns: list[Turns] = []
         self.dates = Dates()
         self._http = http
@@ -93,6 +105,8 @@ class FastLane:
             passed=PASSED,
             passed_families=PASSED_PREFIXES,
             keepalive_s=keepalive_s,
+            stall_s=stall_s,
+            handshake_s=HANDSHAKE_S,
         )
         self._targets = Targets(self._loop)
         self._configured(handler.state)
@@ -106,9 +120,9 @@ class FastLane:
         """Accept from this socket, which is ours from now on."""
         listening.setblocking(False)
         if not self._shared:
-            self._relay.listen(listening.detach())
+            self._relay.listen(listening.detach(), tls=self._tls)
             return
-        listener = self._relay.listen(listening.dup().detach(), watched=False)
+        listener = self._relay.listen(listening.dup().detach(), watched=False, tls=self._tls)
         self._turns.append(Turns(listening, listener.accept))
 
     @property
@@ -339,18 +353,18 @@ class FastLane:
         """See `Owner`."""
         return self.dates.now().encode("ascii")
 
-    def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None) -> None:
+    def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None, remote: str) -> None:
         """See `Owner`: aiohttp goes on with the connection."""
         tried = exchange.tried if isinstance(exchange, Exchange) else None
         connection = socket.socket(fileno=fd)
         connection.setblocking(False)
-        task = self._loop.create_task(self._connect(connection, data, tried), name="hand over")
+        task = self._loop.create_task(self._connect(connection, data, tried, remote), name="hand over")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, connection: socket.socket, data: bytes, tried: Tried | None) -> None:
+    async def _connect(self, connection: socket.socket, data: bytes, tried: Tried | None, remote: str) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: self._http(data, tried), connection)
+            await self._loop.connect_accepted_socket(lambda: self._http(data, tried, remote), connection)
         except OSError:  # it went in the meantime
             connection.close()
             if tried is not None:

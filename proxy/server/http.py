@@ -22,7 +22,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from ext.relay import Relay
 from proxy.errors import CallError, HeadersTooLarge, InvalidRequest
-from proxy.server.fast import FastLane
+from proxy.server.fast import HANDSHAKE_S, FastLane
 from proxy.server.handler import LEFT, Handler, Tried
 
 log = logging.getLogger("vramp.server")
@@ -31,7 +31,6 @@ BACKLOG = 4096
 MAX_LINE = 8190
 MAX_HEADERS = 128
 CUT_OFF_S = 1.0  # for the last words to clients at a stop
-HANDSHAKE_S = 10.0
 LEAVE_S = 2.0  # how long connections that are idle are kept for a next request, once another proxy has the listeners
 LINGER_S = 2.0  # how long a refused client may go on sending before we close on it
 
@@ -48,7 +47,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Protocol(RequestHandler):
     """One client connection. One that the fast lane hands over comes with what was `read` of it."""
 
-    __slots__ = ("_handler", "_read", "_stall_ms", "tried")
+    __slots__ = ("_handler", "_read", "_remote", "_stall_ms", "tried")
 
     def __init__(
         self,
@@ -57,13 +56,20 @@ class Protocol(RequestHandler):
         limits: Limits,
         read: bytes = b"",
         tried: Tried | None = None,
+        remote: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(manager, **kwargs)
         self._handler = handler
         self._read = read
+        self._remote = remote
         self.tried = tried
         self._stall_ms = int(limits.write_stall_s * 1000)
+
+    @property
+    def peername(self) -> str | tuple[str, int, int, int] | tuple[str, int] | None:
+        """The client's address, which the socket does not know where the fast lane speaks TLS before it."""
+        return (self._remote, 0) if self._remote else super().peername
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the kernel drop a connection whose peer takes nothing of what our handlers have already left behind."""
@@ -122,7 +128,7 @@ class HttpServer(web.Server):
         self._handler = handler
         self._limits = limits
 
-    def __call__(self, read: bytes = b"", tried: Tried | None = None) -> RequestHandler:
+    def __call__(self, read: bytes = b"", tried: Tried | None = None, remote: str = "") -> RequestHandler:
         """A protocol for a new connection, or for one of which something was `read` already."""
         return Protocol(
             self,
@@ -130,6 +136,7 @@ class HttpServer(web.Server):
             self._limits,
             read,
             tried,
+            remote,
             loop=self._loop,
             keepalive_timeout=self._limits.keepalive_s,
             access_log=cast("logging.Logger", None),
@@ -243,13 +250,20 @@ async def start(
 ) -> Server:
     """Serve on these bound sockets, on the running loop. The server closes its own duplicates, never the sockets.
 
-    `fast`: through the fast lane, where it was built; what it does not take goes to aiohttp. With `tls` all of it does:
-    the fast lane reads sockets, and there the bytes are OpenSSL's.
+    `fast`: through the fast lane, where it was built; what it does not take goes to aiohttp. With `tls` clients speak
+    that, in either lane.
     """
     loop = asyncio.get_running_loop()
     protocol = HttpServer(handler, limits)
-    if fast and Relay is not None and tls is None:
-        lane = FastLane(handler, protocol, keepalive_s=limits.keepalive_s, shared=limits.shared)
+    if fast and Relay is not None:
+        lane = FastLane(
+            handler,
+            protocol,
+            keepalive_s=limits.keepalive_s,
+            stall_s=limits.write_stall_s,
+            shared=limits.shared,
+            tls=tls,
+        )
         for each in sockets:
             each.listen(BACKLOG)
             lane.listen(each.dup())

@@ -18,8 +18,8 @@ NO_DESCRIPTORS_S = 1.0  # until it is tried again when no descriptor is left
 
 
 class Turns:
-    """Watches a listening socket. `accept` takes so many connections at most and says how many there were, or -1 when
-    there is no descriptor for one."""
+    """Watches a listening socket, and closes it at the end. `accept` takes so many connections at most and says how
+    many there were, or -1 when there is no descriptor for one."""
 
     def __init__(self, listening: socket.socket, accept: Callable[[int], int]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -33,7 +33,9 @@ class Turns:
         """Take nothing more. Idempotent."""
         if self._pause is not None:
             self._pause.cancel()
-        self._loop.remove_reader(self._listening)
+        if self._listening.fileno() >= 0:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
 
     def _ready(self) -> None:
         self._most = 1

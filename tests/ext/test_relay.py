@@ -34,7 +34,7 @@ class Recorder:
     def decide(self, client: Client) -> None:
         self.seen.append((client.path, client.headers, client.body))
 
-    def hand_over(self, fd: int, data: bytes, exchange: Any) -> None:
+    def hand_over(self, fd: int, data: bytes, exchange: Any, remote: str) -> None:
         assert exchange is None
         os.close(fd)
         self.handed_over.append(data)
@@ -56,6 +56,8 @@ class Harness:
             passed=(),
             passed_families=(),
             keepalive_s=75.0,
+            stall_s=60.0,
+            handshake_s=10.0,
         )
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)

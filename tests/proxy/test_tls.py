@@ -133,9 +133,10 @@ def test_the_configuration_resolves_and_checks_the_files(pair: Pair) -> None:
 
 
 class Listening:
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, *, fast: bool) -> None:
         self.pair = pair
-        self.config = load_text("", "x.toml", {"server.tls_cert": str(pair.cert), "server.tls_key": str(pair.key)})
+        files = {"server.tls_cert": str(pair.cert), "server.tls_key": str(pair.key)}
+        self.config = load_text("", "x.toml", {**files, "server.fast_lane": fast})
         self.config = msgspec.structs.replace(
             self.config, observe=msgspec.structs.replace(self.config.observe, access_log="off")
         )
@@ -172,9 +173,9 @@ class Listening:
             return found
 
 
-@pytest.fixture
-async def listening(pair: Pair) -> AsyncIterator[Listening]:
-    made = Listening(pair)
+@pytest.fixture(params=["ordinary", pytest.param("fast", marks=pytest.mark.native)])
+async def listening(pair: Pair, request: pytest.FixtureRequest) -> AsyncIterator[Listening]:
+    made = Listening(pair, fast=request.param == "fast")
     await made.start()
     yield made
     await made.front.close()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,18 @@ class CountingUsage(UsageLog):
 class Proxy:
     """The server under test on a free port, over fake upstreams (engine and remote) and a fake scheduler."""
 
-    def __init__(self, upstream: FakeUpstream, remote: FakeUpstream, log: Path, *, fast: bool = False) -> None:
+    def __init__(
+        self,
+        upstream: FakeUpstream,
+        remote: FakeUpstream,
+        log: Path,
+        *,
+        fast: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.fast = fast
+        self.tls = tls
+        self.limits = Limits(write_stall_s=5.0)
         self.upstream = upstream
         self.remote = remote
         self.scheduler = FakeScheduler(upstream.base_url)
@@ -114,7 +125,7 @@ class Proxy:
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.address: tuple[str, int] = listening.getsockname()
-        self.server = await start(self.handler, [listening], Limits(write_stall_s=5.0), fast=self.fast)
+        self.server = await start(self.handler, [listening], self.limits, fast=self.fast, tls=self.tls)
         listening.close()
         self.url = "http://{}:{}".format(*self.address)
         self.session = aiohttp.ClientSession(self.url)

@@ -52,9 +52,9 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     seen: list[bytes] = []
     original = FastLane.hand_over
 
-    def hand_over(self: FastLane, fd: int, data: bytes, exchange: Any) -> None:
+    def hand_over(self: FastLane, fd: int, data: bytes, exchange: Any, remote: str) -> None:
         seen.append(data)
-        original(self, fd, data, exchange)
+        original(self, fd, data, exchange, remote)
 
     monkeypatch.setattr(FastLane, "hand_over", hand_over)
     return seen
