@@ -54,9 +54,8 @@ from scheduler.engines.keeper_link import KeeperLink, inherited_listeners
 from scheduler.engines.supervisor import Handle, Supervisor
 from scheduler.events import ConfigChanged, EngineReady, LoadAsked
 from scheduler.handover import PROTOCOL, Guests, HandedEngine
-from scheduler.kept_file import KeptFile
+from scheduler.learned import Learned
 from scheduler.record import Opening, RecordedCore, Recorder, free_path
-from scheduler.sequences import LearnedStep, Steps
 
 log = logging.getLogger("vramp")
 
@@ -135,11 +134,9 @@ class App:
     async def _schedule(self, handed: Mapping[str, HandedEngine]) -> None:
         """The scheduler, with the engines and the requests that there are already."""
         adoptable = await self._supervisor.adopt()
-        state = Path(self._config.store.dir)
-        footprint_file = KeptFile(state / "footprints.json", list[int])
-        step_file = KeptFile(state / "sequences.json", dict[str, LearnedStep])
+        learned = Learned(Path(self._config.store.dir))
         engines_before = max((_number(handle.engine_id) for handle in adoptable), default=0)
-        core = self._core(engines_before, footprint_file.load(), step_file.load())
+        core = self._core(engines_before, learned)
         self._scheduler = Scheduler(
             core,
             self._devices,
@@ -147,22 +144,21 @@ class App:
             {local.spec.name: local.launch for local in self._locals},
             measure_interval_s=self._config.devices.measure_interval_s,
             observe=self._scheduler_metrics.observe,
-            footprint_file=footprint_file,
-            step_file=step_file,
+            learned=learned,
         )
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
         self._metrics.registry.register(SchedulerGauges(lambda: core))
         await self._take_over(adoptable, handed)
         self._guests.serve(self._scheduler)
 
-    def _core(self, engines_before: int, footprints: dict[str, list[int]], steps: Steps) -> Core:
+    def _core(self, engines_before: int, learned: Learned) -> Core:
         opening = Opening(
             tuple(device.spec for device in self._devices),
-            tuple(local.spec for local in self._locals),
+            tuple(learned.expect(local.spec) for local in self._locals),
             settings_of(self._config),
             engines_before=engines_before,
-            footprints=footprints,
-            steps=steps,
+            footprints=learned.footprints.load(),
+            steps=learned.steps.load(),
         )
         if self._start.record is None:
             return opening.core()

@@ -17,6 +17,7 @@ from proxy.cli_views import console
 from proxy.config import Config, ConfigError
 from proxy.config_load import load
 from proxy.sizes import byte_size
+from scheduler.learned import Learned
 from scheduler.model import ModelSpec
 from scheduler.record import LogError, replay
 from scheduler.simulate.bounds import NoSolver
@@ -96,7 +97,8 @@ def plan(config_path: str, trace: str, until_s: float, as_json: bool) -> None:
         _fail(str(error))
     except TraceError as error:
         _fail(str(error))
-    models = [each.spec for each in found]
+    learned = Learned(Path(config.store.dir))
+    models = [learned.expect(each.spec) for each in found]
     _all_known(trace, requests, models)
     service_s = _service_times(catalog)
     settings = settings_of(config)

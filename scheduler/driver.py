@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 
 import aiohttp
 import msgspec
@@ -38,17 +38,14 @@ from scheduler.events import (
     Tick,
     UnloadAsked,
 )
-from scheduler.kept_file import KeptFile
+from scheduler.learned import Learned
 from scheduler.model import RefusalCode, Residency, Ticket
-from scheduler.sequences import LearnedStep
 
 log = logging.getLogger("vramp.scheduler")
-T = TypeVar("T")
 
 DECISIONS_KEPT = 50
 SLEEP_LIMIT_S = 60.0  # for one answer to sleep, wake or the fixed question
 LEAVING_INTERVAL_S = 0.25  # between two readings while memory is awaited: a driver takes 0.5 to 1.5 s to free it
-STEPS_INTERVAL_S = 60.0  # what sessions do next is written down so often at most: there is something new all the time
 DEATH_LIMIT_S = 3.0  # vLLM takes a second and a half to notice that its core has been killed
 
 
@@ -240,13 +237,10 @@ class Scheduler:
         *,
         measure_interval_s: float = 2.0,
         observe: Callable[[Event | Command], None] = lambda _: None,
-        footprint_file: KeptFile[list[int]] | None = None,
-        step_file: KeptFile[dict[str, LearnedStep]] | None = None,
+        learned: Learned | None = None,
     ) -> None:
         self.core = core
-        self._footprint_file, self._step_file = footprint_file, step_file
-        self._steps_due_s = 0.0
-        self._said: dict[str, str] = {}  # by model: what its operator was last told of its memory
+        self._learned = learned
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._devices = {device.spec.name: device for device in devices}
         self._engines = engines
@@ -367,7 +361,7 @@ class Scheduler:
             while not self.core.books.settled:
                 changed.clear()
                 await changed.wait()
-            await self._keep_all()
+            await self._keep_learned(everything=True)
         finally:
             self._watchers.discard(changed)
 
@@ -535,6 +529,8 @@ class Scheduler:
         for device in devices:
             await self._measure(device)  # its start lease ends with a figure, not with a guess
         self._note(f"{engine_id} is ready", f"after {now - begun:.1f} s")
+        if self._learned is not None:
+            self._learned.loaded(command.model, now - begun)
         self.dispatch(EngineReady(engine_id, command.model, command.device, now - begun))
 
     def _engine_died(self, engine_id: str, reason: str, log_tail: Sequence[str]) -> None:
@@ -565,6 +561,8 @@ class Scheduler:
         now = self._loop.time()
         self._ready_at[engine_id] = now
         if model is not None and model.engine is not None:
+            if self._learned is not None:
+                self._learned.woke(model.spec.name, now - begun)
             self.dispatch(EngineReady(engine_id, model.spec.name, model.engine.device, now - begun))
 
     async def _probe(self, engine_id: str) -> None:
@@ -655,38 +653,9 @@ class Scheduler:
         leaving = any(self.core.books.leaving(name) for name in self._devices)
         return min(self._measure_interval_s, LEAVING_INTERVAL_S) if leaving else self._measure_interval_s
 
-    async def _keep_learned(self) -> None:
-        """Write down what was learned, and say where the configuration is far from it, each time that it is new."""
-        footprints = self.core.books.footprints
-        if not footprints.changed:
-            return
-        footprints.changed = False
-        for model in self.core.models.values():
-            said = self.core.books.misjudged(model)
-            if said and said != self._said.get(model.spec.name):
-                self._said[model.spec.name] = said
-                log.warning("models[%s]: %s", model.spec.name, said)
-        if self._footprint_file is not None:
-            await self._save(self._footprint_file, footprints.figures())
-
-    async def _keep_steps(self) -> None:
-        """Write down what follows what, if that is new."""
-        sequences = self.core.placement.sequences
-        if self._step_file is not None and sequences.changed:
-            sequences.changed = False
-            self._steps_due_s = self._loop.time() + STEPS_INTERVAL_S
-            await self._save(self._step_file, sequences.steps())
-
-    async def _keep_all(self) -> None:
-        await self._keep_learned()
-        await self._keep_steps()
-
-    @staticmethod
-    async def _save(file: KeptFile[T], figures: dict[str, T]) -> None:
-        try:
-            await asyncio.to_thread(file.save, figures)
-        except OSError as error:
-            log.warning("what was learned could not be written: %s", error)
+    async def _keep_learned(self, *, everything: bool = False) -> None:
+        if self._learned is not None:
+            await self._learned.keep(self.core, self._loop.time(), everything=everything)
 
     async def run(self) -> None:
         """Read the devices until somebody else does, and keep what is learned. Cancel it to stop; engines are left as
@@ -696,8 +665,6 @@ class Scheduler:
                 for device in self._devices.values():
                     await self._measure(device)
                 await self._keep_learned()
-                if self._loop.time() >= self._steps_due_s:
-                    await self._keep_steps()
                 self._measure_soon.clear()
                 try:
                     await asyncio.wait_for(self._measure_soon.wait(), self._next_reading_s())
@@ -714,7 +681,7 @@ class Scheduler:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._successor is None:  # else these files are the successor's by now
-            await self._keep_all()
+            await self._keep_learned(everything=True)
 
 
 def _together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:

@@ -4,7 +4,7 @@ One figure a start: the most that was measured on any one device while the engin
 engine was started with (`revision`) and the kind of device, the last `STARTS` of each. The 90th percentile is what the
 next start is booked with; by the nearest rank, so that it is the largest figure until there are ten.
 
-Sizes are bytes. `scheduler.kept_file` keeps them.
+Sizes are bytes. `scheduler.learned` keeps them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MAY_IMPORT = {"proxy": {"proxy", "scheduler", "ext"}, "scheduler": {"scheduler",
 OUTSIDE = {"tests", "scripts", "loadtests"}
 # The shells: they wait, log and touch disks. Everything else of the scheduler, but engines, devices and the simulator's
 # command, decides.
-SHELLS = {"driver", "handover", "semaphore", "kept_file"}
+SHELLS = {"driver", "handover", "semaphore", "kept_file", "learned"}
 PURE_CORE = sorted(
     str(path.relative_to(ROOT / "scheduler"))
     for path in sources("scheduler", ".py")

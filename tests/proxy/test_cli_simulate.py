@@ -130,6 +130,16 @@ def test_plan_counts_the_host_memory_that_the_configuration_gives_to_sleepers_al
     assert "32 GB more RAM to sleep in: would not help (+0.0% on time" in result.stdout
 
 
+def test_plan_goes_by_the_times_that_a_run_has_seen(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "times.json").write_text('{"version":1,"figures":{"a":{"load_s":50.0},"b":{"load_s":70.0}}}')
+    plan(tmp_path, f'store = {{ dir = "{state}" }}\n{CONFIG}', gap_s=100)
+    words = ("plan", "--config", str(tmp_path / "vramp.toml"), "--trace", str(tmp_path / "t.csv"), "--json")
+    as_it_is = json.loads(run(*words).stdout.splitlines()[0])
+    assert as_it_is["load_seconds"] == pytest.approx(60.0 * as_it_is["loads"])
+
+
 def test_plan_says_that_ram_is_of_no_use_to_engines_that_cannot_sleep(tmp_path: Path) -> None:
     result = plan(tmp_path, CONFIG.replace('backend = "sim"', 'backend = "sim"\ntask = "embed"'), gap_s=60)
     assert "32 GB more RAM: no use" in result.stdout

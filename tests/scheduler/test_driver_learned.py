@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from scheduler import driver
+from scheduler import learned
 from scheduler.core import Core
 from scheduler.driver import Scheduler
 from scheduler.handover import Leaver
-from scheduler.kept_file import KeptFile
+from scheduler.learned import Learned
 from scheduler.model import ModelSpec, SchedulerSettings
-from scheduler.sequences import LearnedStep
 from tests.fakes import until
 from tests.scheduler.test_driver_sleep import Card
 
@@ -27,9 +26,10 @@ class Run:
     def __init__(self, folder: Path) -> None:
         card = Card()
         self.path = folder / "sequences.json"
-        self.file = KeptFile(self.path, dict[str, LearnedStep])
-        self.core = Core([card.spec], MODELS, SchedulerSettings(anticipate=True), steps=self.file.load())
-        self.scheduler = Scheduler(self.core, [card], card, {}, step_file=self.file)
+        self.learned = Learned(folder)
+        steps = self.learned.steps.load()
+        self.core = Core([card.spec], MODELS, SchedulerSettings(anticipate=True), steps=steps)
+        self.scheduler = Scheduler(self.core, [card], card, {}, learned=self.learned)
         self._running = asyncio.create_task(self.scheduler.run())
 
     def session(self, *models: str) -> None:
@@ -67,13 +67,29 @@ async def test_steps_are_written_at_the_end_and_known_in_the_next_run(first: Run
 async def test_steps_are_written_while_it_runs_but_not_at_every_reading(
     first: Run, monkeypatch: pytest.MonkeyPatch, interval_s: float, times: int
 ) -> None:
-    monkeypatch.setattr(driver, "STEPS_INTERVAL_S", interval_s)
+    monkeypatch.setattr(learned, "STEPS_INTERVAL_S", interval_s)
     saved: list[object] = []
-    monkeypatch.setattr(first.file, "save", saved.append)
+    monkeypatch.setattr(first.learned.steps, "save", saved.append)
     for _ in range(3):
         first.session("planner", "coder")
         await first.reads()
     assert len(saved) == times
+
+
+async def test_of_a_model_that_the_configuration_no_longer_has_nothing_is_kept(first: Run, tmp_path: Path) -> None:
+    first.learned.loaded("planner", 7.0)
+    first.learned.loaded("gone", 9.0)
+    await first.ends()
+    again = Learned(tmp_path)
+    assert again.expect(MODELS[0]).load_estimate_s == 7.0
+    gone = ModelSpec("gone", 100, "nvidia")
+    assert again.expect(gone) == gone
+
+
+def test_times_that_cannot_be_used_are_learned_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "times.json").write_text('{"version":1,"figures":{"planner":{"load_s":-3.0}}}')
+    assert Learned(tmp_path).expect(MODELS[0]) == MODELS[0]
+    assert caplog.text.count("times are learned anew") == 1
 
 
 async def test_who_has_handed_over_leaves_the_file_to_the_next_version(first: Run) -> None:
@@ -87,7 +103,7 @@ async def test_who_has_handed_over_leaves_the_file_to_the_next_version(first: Ru
 async def test_a_hand_over_begins_with_all_that_was_learned(first: Run) -> None:
     first.session("planner", "coder")
     await first.scheduler.settled()
-    assert set(first.file.load()) == {"planner"}
+    assert set(first.learned.steps.load()) == {"planner"}
 
 
 async def test_a_folder_that_cannot_be_written_costs_a_warning(first: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from scheduler.driver import Launch, Scheduler
 from scheduler.engines.base import EngineExit
 from scheduler.engines.sleeping import Said, SleepError
 from scheduler.footprints import Footprints
-from scheduler.kept_file import KeptFile
+from scheduler.learned import Learned
 from scheduler.model import DeviceSpec, ModelSpec, Residency, SchedulerSettings, Ticket
 from tests.fakes import until
 
@@ -87,10 +87,6 @@ class Card:
 Rig = tuple[Scheduler, Card]
 
 
-def kept_in(folder: Path) -> KeptFile[list[int]]:
-    return KeptFile(folder / "footprints.json", list[int])
-
-
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     card = Card()
@@ -101,7 +97,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     settings = SchedulerSettings(sleep_memory_bytes=1200 * MiB, fall_limit_s=0.02, pressure_threshold=1.0)
     core = Core([card.spec], models, settings)
     launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)  # type: ignore[arg-type]
-    scheduler = Scheduler(core, [card], card, {"a": launch, "b": launch}, footprint_file=kept_in(tmp_path))
+    scheduler = Scheduler(core, [card], card, {"a": launch, "b": launch}, learned=Learned(tmp_path))
     running = asyncio.create_task(scheduler.run())
     yield scheduler, card
     running.cancel()
@@ -163,4 +159,18 @@ async def test_what_was_learned_is_written_down(rig: Rig, tmp_path: Path) -> Non
     await serve(scheduler, "a")
     scheduler._measure_soon.set()
     await until((tmp_path / "footprints.json").exists)
-    assert Footprints.of(kept_in(tmp_path).load()).p90("a@a", "nvidia") == 690 * MiB
+    assert Footprints.of(Learned(tmp_path).footprints.load()).p90("a@a", "nvidia") == 690 * MiB
+
+
+async def test_the_next_run_expects_loads_and_wakes_as_they_were(rig: Rig, tmp_path: Path) -> None:
+    scheduler, _ = rig
+    for model in "aba":
+        await serve(scheduler, model)
+    scheduler._measure_soon.set()
+    await until((tmp_path / "times.json").exists)
+    spec = scheduler.core.models["a"].spec
+    assert (spec.load_estimate_s, spec.wake_estimate_s) == (30.0, None)
+    expected = Learned(tmp_path).expect(spec)
+    assert expected.load_estimate_s < 1.0
+    assert expected.wake_estimate_s == scheduler.core.models["a"].wake_s
+    assert Learned(tmp_path).expect(scheduler.core.models["b"].spec).wake_estimate_s is None
