@@ -190,7 +190,7 @@ cdef enum:
     MOST_KINDS = 4096
     SLOTS = 512
     AT_ONCE = 8 << 10  # more than this is not copied to be sent at the end of the turn
-    SEALED = 32 << 10  # so much is read over TLS at once: its buffer keeps its size
+    SEALED = 17 << 10  # so much is read over TLS at once, a record: its buffer keeps its size, on every connection
     NAME = 40  # longer header names are none of ours
     MOST_NAMES = 64
 
@@ -614,32 +614,33 @@ cdef class Conn:
         cdef bytes said = self._said_over_tls(&sealed)
         return not said or self._send_sealed(&sealed)
 
-    cdef ssize_t _take_sealed(self) except? -1:
-        """Give TLS what the peer has sent; as `recv` answers."""
-        cdef ssize_t size = recv(self._fd, self._relay._scratch, SEALED, 0)
+    cdef ssize_t _take_sealed(self, char* by) except? -1:
+        """Give TLS what the peer has sent, by way of these SEALED bytes; as `recv` answers."""
+        cdef ssize_t size = recv(self._fd, by, SEALED, 0)
         if size > 0:
-            self._tls.take(self._relay._scratch, size)
+            self._tls.take(by, size)
         return size
 
-    cdef ssize_t _plain(self, char* to, size_t room) except? -1:
-        """As `recv` answers, in plain text: all that has come, for what TLS keeps does not make the socket readable.
-        Room for SCRATCH bytes is enough. An end that TLS was not told of is ECONNRESET."""
-        cdef ssize_t size
+    cdef ssize_t _plain(self) except? -1:
+        """Read into the scratch buffer, as `recv` answers: over TLS what is plain, and all of it that there is, for
+        what TLS keeps does not make the socket readable. An end that TLS was not told of is ECONNRESET."""
+        cdef char* to = self._relay._scratch
+        cdef ssize_t size = SEALED, got = 0
+        cdef int why = EAGAIN
         if self._tls is None:
-            return recv(self._fd, to, room, 0)
-        size = self._take_sealed()
-        if size > 0:
-            size = self._tls.read(to, room)
-            self._send_said()  # a part of the handshake, an alert, new keys
-            if self._out_len:
-                self._say()
+            return recv(self._fd, to, SCRATCH, 0)
+        while size == SEALED and got + 2 * SEALED <= SCRATCH:  # a record may have begun before
+            size = self._take_sealed(to + got)
             if size > 0:
-                return size
-            if not self._ended():
-                return vr_failed(EAGAIN)
-        elif size < 0:
-            return -1
-        return 0 if self._tls.ended else vr_failed(ECONNRESET)
+                got += self._tls.read(to + got, SCRATCH - got)
+            else:
+                why = errno if size < 0 else ECONNRESET
+        self._send_said()  # a part of the handshake, an alert, new keys
+        if self._out_len:
+            self._say()
+        if got or self._tls.ended:
+            return got
+        return vr_failed(why if self._tls.words is None else ECONNRESET)
 
     cdef inline bint _ended(self):
         """Whether TLS has heard the last of the peer."""
@@ -1013,7 +1014,7 @@ cdef class Client(Conn):
         cdef char* read
         cdef ssize_t size
         if self._tls is not None:
-            size = self._plain(self._relay._scratch, SCRATCH)
+            size = self._plain()
             if size > 0:
                 self._reserve_in(max(self._head + self._body, self._in_len + size))
                 memcpy(self._in + self._in_len, self._relay._scratch, size)
@@ -1663,7 +1664,7 @@ cdef class Upstream(Conn):
 
     cdef bint _shaken(self) except -1:
         """Go on with the handshake of TLS; True once it is done. Our last words of it go with the request."""
-        cdef ssize_t size = self._take_sealed()
+        cdef ssize_t size = self._take_sealed(self._relay._scratch)
         cdef int state
         if size == 0 or (size < 0 and not _blocked() and errno != EINTR):
             words = _why_not(errno) if size else "the connection was closed"
@@ -1685,7 +1686,7 @@ cdef class Upstream(Conn):
 
     cdef int _readable(self) except -1:
         cdef char* scratch = self._relay._scratch
-        cdef ssize_t size = self._plain(scratch, SCRATCH)
+        cdef ssize_t size = self._plain()
         if size < 0 and (errno == EAGAIN or errno == EINTR):
             return 0
         if size <= 0:
@@ -2044,7 +2045,7 @@ cdef class Bridge(Conn):
         if self._other is None:
             return 0
         part.iov_base = self._relay._scratch
-        size = self._plain(self._relay._scratch, SCRATCH)
+        size = self._plain()
         if size > 0:
             part.iov_len = size
             if not self._other._put(&part, 1):
