@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import make_pair
 from tests.e2e.harness import Served, model_table, simulated
-from tests.proxy.test_tls import make_pair
 from tests.scheduler.engines.keeper_rig import passed_by_systemd
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(60)]
