@@ -89,7 +89,8 @@ class Scene:
         missing = model.need_bytes - self.free
         if chosen:
             gone = {each.model for each in chosen}
-            missing -= sum(each.held_bytes for each in self._here if each.model in gone)
+            # whole: `Placement` has none of them sleep where what it keeps is missing here
+            missing -= sum(each.held_bytes + self._kept.get(each.model, 0) for each in self._here if each.model in gone)
             but |= gone
         if missing <= 0:
             return []

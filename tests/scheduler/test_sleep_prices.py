@@ -30,11 +30,12 @@ def model(name: str, mib: int, load_s: float, *, keeps: int | None = None, host:
 
 
 class Swap(World):
-    """A device of 1000 MiB whose engines obey at once, and say the same after a wake as before."""
+    """Devices of 1000 MiB whose engines obey at once, and say the same after a wake as before."""
 
-    def __init__(self, *models: ModelSpec, host: int) -> None:
+    def __init__(self, *models: ModelSpec, host: int, devices: int = 1) -> None:
         settings = msgspec.structs.replace(SETTINGS, sleep_memory_bytes=host * MiB)
-        super().__init__(Core([DeviceSpec("memory", "memory", MEMORY * MiB)], models, settings))
+        memory = [DeviceSpec(f"memory{n}", "memory", MEMORY * MiB) for n in range(devices)]
+        super().__init__(Core(memory, models, settings))
 
     def load(self, name: str) -> None:
         """Ask for it until it has answered; victims have gone before."""
@@ -166,3 +167,15 @@ def test_who_waits_for_one_that_falls_asleep_waits_for_a_wake() -> None:
     swap.asked("next")
     big = swap.core.models["big"]
     assert (big.state, big.seconds_to_load) == (Residency.SUSPENDING, 3.0)
+
+
+def test_what_a_victim_on_two_devices_would_keep_is_counted_on_both() -> None:
+    """span fits only when pair is stopped, on both of its devices."""
+    span, pair = (
+        msgspec.structs.replace(each, devices_needed=2)
+        for each in (model("span", 990, 1.0), model("pair", 200, 1.0, keeps=30, host=100))
+    )
+    swap = Swap(span, pair, model("left", 800, 1.0), model("right", 800, 1.0), host=100, devices=2)
+    for name in ("pair", "left", "right"):
+        swap.load(name)
+    assert sorted(swap.asked("span")) == ["stop left", "stop pair", "stop right"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from scheduler.core import Core
 from scheduler.engines.estimate import copy_s
 from scheduler.model import DeviceSpec, ModelSpec
 from scheduler.policies.collate import Collate
-from scheduler.simulate.contest import POLICIES, Trial, bounds_of, measure
+from scheduler.simulate.contest import POLICIES, Policy, Trial, bounds_of, measure
 from scheduler.simulate.engine import REFERENCE, EngineFileError, GiB, read_engine
 from scheduler.simulate.run import Outcome, Simulation, endless_settings
 from scheduler.simulate.traces import Request
@@ -64,6 +65,46 @@ def test_host_memory_for_one_sleeper_saves_the_loads_of_one_model() -> None:
 def test_two_that_fall_asleep_share_the_link() -> None:
     outcome = run("abc", host=200, a=45, b=45, c=90)
     assert outcome.waits_s == [LOAD_S, LOAD_S, 2 * SLEEP_S + LOAD_S]
+
+
+def random_model(rng: random.Random, name: str, devices: int) -> ModelSpec:
+    size = rng.choice((50, 200, 400, 700, 900, 950))
+    load_s = rng.choice((0.5, 5.0, 30.0))
+    return ModelSpec(
+        name,
+        size,
+        "memory",
+        max_sequences=rng.choice((1, 4, 64)),
+        load_estimate_s=load_s,
+        devices_needed=2 if devices > 1 and rng.random() < 0.15 else 1,
+        sleep_keeps_bytes=rng.choice((None, 10, 30, 100, size)),
+        sleep_host_bytes=rng.choice((0, size)),
+        wake_estimate_s=rng.choice((None, 0.1, load_s, 2 * load_s)),
+        ttl_s=rng.choice((None, None, 30.0)),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: f"{policy.name}-{policy.setting}")
+@pytest.mark.parametrize("seed", range(3))
+def test_everybody_is_served_whatever_sleeps(policy: Policy, seed: int) -> None:
+    """Kept bytes, scarce host memory, wakes dearer than loads, engines on two devices, guesses: nothing waits in a
+    circle."""
+    rng = random.Random(f"{policy.name} {policy.setting} {seed}")
+    devices = 1 if policy.name == "fifo" else rng.choice((1, 2, 3))  # strict order over several devices is nobody's
+    models = [random_model(rng, f"m{n}", devices) for n in range(rng.choice((3, 6, 12)))]
+    settings = msgspec.structs.replace(
+        endless_settings(10.0, anticipate=rng.random() < 0.5, sleep_memory_bytes=rng.choice((0, 300, 1000, 5000))),
+        pressure_threshold=rng.choice((0.9, 1.0)),
+    )
+    memory = [DeviceSpec(f"memory{n}", "memory", 1000, rng.choice((0, 50))) for n in range(devices)]
+    core = Core(memory, models, settings, ordering=policy.ordering(), eviction=policy.eviction())
+    now, requests = 0.0, []
+    for _ in range(100):
+        now += rng.expovariate(rng.choice((0.1, 1.0)))
+        requests.append(Request(now, rng.choice(models).name, duration_s=rng.choice((0.1, 1.0, 10.0))))
+    outcome = Simulation(core, lambda request: request.duration_s or 0.0, requests).run()
+    core.check()
+    assert max(outcome.waits_s) < float("inf")
 
 
 def test_the_reference_engine_does_not_sleep() -> None:
