@@ -50,7 +50,7 @@ class Owner(Protocol):
     def date(self) -> bytes:
         """The last line of a head, its date, and the empty line."""
 
-    def hand_over(self, fd: int, data: bytes, exchange: Exchange | None, remote: str) -> None:
+    def hand_over(self, fd: int, data: bytes, exchange: Exchange | None, remote: str, whole: bool) -> None:
         """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it, the
         client's address. Where the client speaks TLS, the descriptor is of a socket pair, and what is plain is there.
         """
@@ -206,6 +206,8 @@ class Relay:
         """No request goes by a flow that there is now; those under way go on."""
     def fileno(self) -> int: ...
     def listen(self, fd: int, watched: bool = True, tls: SSLContext | None = None) -> Listener: ...
+    def take_back(self, fd: int, data: bytes, remote: str) -> None:
+        """Go on with a connection that was handed over, from the start of a request, of which `data` was read."""
     def stop_listening(self) -> None: ...
     def pump(self) -> None: ...
     def tick(self) -> None: ...

@@ -1497,10 +1497,11 @@ cdef class Client(Conn):
     cdef int _hand_over(self, exchange) except -1:
         """Let the other lane go on with this connection."""
         cdef int fd = self._fd if self._tls is None else self._bridged()
+        cdef bint whole = self._head > 0 and self._in_len == self._head + self._body
         data = PyBytes_FromStringAndSize(self._in, self._in_len)
         self._exchange = self._scanner = self._pool = None
         self._drop(False)
-        self._relay._owner.hand_over(fd, data, exchange, self._remote)
+        self._relay._owner.hand_over(fd, data, exchange, self._remote, whole)
         return 0
 
     cdef int _bridged(self) except -1:
@@ -2212,6 +2213,22 @@ cdef class Relay:
         listener._context = tls
         listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE if watched else 0)
         return listener
+
+    def take_back(self, int fd, bytes data not None, str remote not None):
+        """Go on with a connection that was handed over, from the start of a request, of which this was read. The
+        descriptor, not blocking, is ours from now on."""
+        cdef Client client = Client.__new__(Client)
+        self._now = vr_now()
+        client._remote = remote
+        client._open(self, fd, EPOLLIN | EPOLLRDHUP)
+        try:
+            client._reserve_in(PyBytes_GET_SIZE(data))
+            memcpy(client._in, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            client._in_len = PyBytes_GET_SIZE(data)
+            client._requests()
+        except Exception:
+            self._bug(client)
+        self._end_turn()
 
     def stop_listening(self):
         """Accept nothing more; what is in the listen queue stays there."""

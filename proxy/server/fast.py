@@ -32,7 +32,7 @@ from proxy.observe.outcome import Outcome
 from proxy.server.fast_exchange import Exchange
 from proxy.server.fast_plans import Plan, Plans
 from proxy.server.flows import NAMED_S, flow_of
-from proxy.server.handler import LEFT, Handler, Tried, given_request_id, new_request_id
+from proxy.server.handler import LEFT, Handed, Handler, given_request_id, new_request_id
 from proxy.server.head import Dates
 from proxy.server.journey import FORWARDED, forwarded, ticket_for
 from proxy.server.packing import PATH as EMBEDDINGS
@@ -71,8 +71,8 @@ class Known(msgspec.Struct, eq=False):
 class Serves(Protocol):
     """Makes the protocol of a connection that aiohttp goes on with."""
 
-    def __call__(self, read: bytes = b"", tried: Tried | None = None, remote: str = "") -> asyncio.Protocol:
-        """Of a connection of which something was `read` already, by a client at `remote`."""
+    def __call__(self, handed: Handed) -> asyncio.Protocol:
+        """Of a connection that was here first."""
         ...
 
 
@@ -353,21 +353,28 @@ class FastLane:
         """See `Owner`."""
         return self.dates.now().encode("ascii")
 
-    def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None, remote: str) -> None:
+    def take_back(self, connection: socket.socket, data: bytes, remote: str) -> None:
+        """Go on with a connection from the start of a request on, of which this was read. It is ours from now on."""
+        connection.setblocking(False)
+        self._relay.take_back(connection.detach(), data, remote)
+
+    def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None, remote: str, whole: bool) -> None:
         """See `Owner`: aiohttp goes on with the connection."""
         tried = exchange.tried if isinstance(exchange, Exchange) else None
         connection = socket.socket(fileno=fd)
         connection.setblocking(False)
-        task = self._loop.create_task(self._connect(connection, data, tried, remote), name="hand over")
+        task = self._loop.create_task(
+            self._connect(connection, Handed(data, tried, remote, self.take_back if whole else None)), name="hand over"
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, connection: socket.socket, data: bytes, tried: Tried | None, remote: str) -> None:
+    async def _connect(self, connection: socket.socket, handed: Handed) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: self._http(data, tried, remote), connection)
+            await self._loop.connect_accepted_socket(lambda: self._http(handed), connection)
         except OSError:  # it went in the meantime
             connection.close()
-            if tried is not None:
+            if (tried := handed.tried) is not None:
                 tried.outcome.status, tried.outcome.error = LEFT, "client_left"
                 self.handler.end(tried.outcome, self._loop.time())
 

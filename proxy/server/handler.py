@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -236,6 +237,18 @@ class Tried(msgspec.Struct, frozen=True):
 
     outcome: Outcome
     failure: Exception
+
+
+class Handed(msgspec.Struct, frozen=True):
+    """A connection that the fast lane hands over, of a client at `remote`, with what was `read` of it.
+
+    If that is one whole request and nothing else, the lane takes the connection back (`take_back`) with the next.
+    """
+
+    read: bytes
+    tried: Tried | None
+    remote: str
+    take_back: Callable[[socket.socket, bytes, str], None] | None
 
 
 class TakesOver(Protocol):

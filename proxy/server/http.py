@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +24,7 @@ from aiohttp.web_protocol import RequestHandler
 from ext.relay import Relay
 from proxy.errors import CallError, HeadersTooLarge, InvalidRequest
 from proxy.server.fast import HANDSHAKE_S, FastLane
-from proxy.server.handler import LEFT, Handler, Tried
+from proxy.server.handler import LEFT, Handed, Handler
 
 log = logging.getLogger("vramp.server")
 
@@ -45,31 +46,29 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Protocol(RequestHandler):
-    """One client connection. One that the fast lane hands over comes with what was `read` of it."""
+    """One client connection, or what is left of one to the ordinary lane (`Handed`)."""
 
-    __slots__ = ("_handler", "_read", "_remote", "_stall_ms", "tried")
+    __slots__ = ("_handed", "_handler", "_stall_ms", "_take_back", "tried")
 
     def __init__(
         self,
         manager: HttpServer,
         handler: Handler,
         limits: Limits,
-        read: bytes = b"",
-        tried: Tried | None = None,
-        remote: str = "",
+        handed: Handed | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(manager, **kwargs)
         self._handler = handler
-        self._read = read
-        self._remote = remote
-        self.tried = tried
+        self._handed = handed
+        self._take_back: Callable[[socket.socket, bytes, str], None] | None = None
+        self.tried = handed.tried if handed is not None else None
         self._stall_ms = int(limits.write_stall_s * 1000)
 
     @property
     def peername(self) -> str | tuple[str, int, int, int] | tuple[str, int] | None:
         """The client's address, which the socket does not know where the fast lane speaks TLS before it."""
-        return (self._remote, 0) if self._remote else super().peername
+        return (self._handed.remote, 0) if self._handed is not None else super().peername
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the kernel drop a connection whose peer takes nothing of what our handlers have already left behind."""
@@ -77,9 +76,35 @@ class Protocol(RequestHandler):
         if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT") and connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._stall_ms)
         super().connection_made(transport)
-        if self._read:
-            self.data_received(self._read)  # before the transport reads anything itself
-            self._read = b""
+        if self._handed is not None:
+            self.data_received(self._handed.read)  # before the transport reads anything itself
+            self._take_back = self._handed.take_back
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, or let it be the fast lane's, if it is the start of what may be a request for that.
+
+        Where a request begins is known only as long as one thing at a time came: a whole request, its answer, the next.
+        Without that some bytes could be one request to aiohttp and another to the relay.
+        """
+        take_back = self._take_back
+        if data:  # aiohttp itself calls this with nothing
+            self._take_back = None
+        idle = self._waiter is not None and not self._waiter.done() and not self._messages
+        if take_back is not None and idle and data.startswith(b"POST /v1/") and self._gives_back(take_back, data):
+            return
+        super().data_received(data)
+
+    def _gives_back(self, take_back: Callable[[socket.socket, bytes, str], None], data: bytes) -> bool:
+        transport = self.transport
+        leaving = self._handler.draining or self._handler.leaving
+        if leaving or transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        assert self._handed is not None
+        connection = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        transport.pause_reading()  # closing takes a turn of the loop, in which it would read what is not for it
+        self.force_close()
+        take_back(connection, data, self._handed.remote)
+        return True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Settle a request that was taken over and never reached its handler."""
@@ -128,15 +153,13 @@ class HttpServer(web.Server):
         self._handler = handler
         self._limits = limits
 
-    def __call__(self, read: bytes = b"", tried: Tried | None = None, remote: str = "") -> RequestHandler:
-        """A protocol for a new connection, or for one of which something was `read` already."""
+    def __call__(self, handed: Handed | None = None) -> RequestHandler:
+        """A protocol for a new connection, or for one that the fast lane hands over."""
         return Protocol(
             self,
             self._handler,
             self._limits,
-            read,
-            tried,
-            remote,
+            handed,
             loop=self._loop,
             keepalive_timeout=self._limits.keepalive_s,
             access_log=cast("logging.Logger", None),

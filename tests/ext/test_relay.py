@@ -34,7 +34,7 @@ class Recorder:
     def decide(self, client: Client) -> None:
         self.seen.append((client.path, client.headers, client.body))
 
-    def hand_over(self, fd: int, data: bytes, exchange: Any, remote: str) -> None:
+    def hand_over(self, fd: int, data: bytes, exchange: Any, remote: str, whole: bool) -> None:
         assert exchange is None
         os.close(fd)
         self.handed_over.append(data)

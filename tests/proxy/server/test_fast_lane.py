@@ -52,9 +52,9 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     seen: list[bytes] = []
     original = FastLane.hand_over
 
-    def hand_over(self: FastLane, fd: int, data: bytes, exchange: Any, remote: str) -> None:
+    def hand_over(self: FastLane, fd: int, data: bytes, *rest: Any) -> None:
         seen.append(data)
-        original(self, fd, data, exchange, remote)
+        original(self, fd, data, *rest)
 
     monkeypatch.setattr(FastLane, "hand_over", hand_over)
     return seen
@@ -313,6 +313,44 @@ async def test_a_slot_that_is_not_free_is_waited_for_in_the_ordinary_lane(
     assert len(fast.remote.requests) == 1
     release.set()
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in await asyncio.gather(*asking))
+
+
+async def test_a_connection_comes_back_from_the_ordinary_lane_with_its_next_request(
+    fast: Proxy, handed_over: list[bytes]
+) -> None:
+    reader, writer = await asyncio.open_connection(*fast.address)
+    url, fast.scheduler.base_url = fast.scheduler.base_url, None
+    asking = asyncio.create_task(next_answer(reader, writer, request(call())))
+    await fast.scheduler.submitted.wait()
+    assert len(handed_over) == 1
+    assert url is not None
+    fast.scheduler.base_url = url
+    fast.scheduler.waiting[0].grant(url)
+    assert (await asking).startswith(b"HTTP/1.1 200 ")
+    for _ in range(3):
+        assert (await next_answer(reader, writer, request(call()))).startswith(b"HTTP/1.1 200 ")
+    assert len(handed_over) == 1
+    await fast.settled()
+    assert {line["remote"] for line in await fast.lines()} == {"127.0.0.1"}
+    assert (await next_answer(reader, writer, request(call("nobody")))).startswith(b"HTTP/1.1 404 ")
+    assert (await next_answer(reader, writer, request(call()))).startswith(b"HTTP/1.1 200 ")
+    assert len(handed_over) == 2
+    writer.close()
+    await fast.still_works()
+
+
+@pytest.mark.parametrize("more", [b"POST /v1/", request(call("far"))[:40], request(call("far"))])
+async def test_a_connection_stays_where_it_is_once_more_came_than_one_request(
+    fast: Proxy, handed_over: list[bytes], more: bytes
+) -> None:
+    """What began as one request must not be taken for the start of another."""
+    reader, writer = await asyncio.open_connection(*fast.address)
+    rest = request(call("far"))[len(more) :]
+    assert (await next_answer(reader, writer, request(call("nobody")) + more)).startswith(b"HTTP/1.1 404 ")
+    assert (await next_answer(reader, writer, rest)).startswith(b"HTTP/1.1 200 ")
+    assert (await next_answer(reader, writer, request(call("far")))).startswith(b"HTTP/1.1 200 ")
+    assert len(handed_over) == 1
+    writer.close()
 
 
 async def test_pipelined_requests_are_answered_in_their_order(fast: Proxy, handed_over: list[bytes]) -> None:
