@@ -163,7 +163,8 @@ class App:
         if self._start.record is None:
             return opening.core()
         path = free_path(self._start.record)
-        self._recorder = Recorder(path, opening)
+        full = f"{path} is full: nothing is recorded any more; what it has can be replayed"
+        self._recorder = Recorder(path, opening, on_full=lambda: log.warning(full))
         log.info("every decision is recorded in %s; `vramp simulate --replay` runs it again", path)
         return RecordedCore(opening, self._recorder)
 

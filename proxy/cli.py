@@ -64,7 +64,7 @@ Examples:
 @click.option("--model", "models", metavar="PATH", multiple=True, help="Folder of a model to serve; may be repeated.")
 @click.option("--listen", metavar="HOST:PORT", help="Where clients connect.  [default: 127.0.0.1:8080]")
 @click.option("--admin-listen", metavar="HOST:PORT", help="Where operators connect.  [default: 127.0.0.1:8081]")
-@click.option("--record", metavar="FILE", help="Record every decision, for `vramp simulate --replay FILE`.")
+@click.option("--record", metavar="FILE", help="Record decisions, up to 1 GiB, for `vramp simulate --replay FILE`.")
 @click.option("--workers", metavar="N|auto", help="Processes that serve, see [server] workers.  [default: 1]")
 @click.option(
     "--engine", type=click.Choice(["auto", "simulated"]), default="auto", show_default=True,

@@ -9,7 +9,7 @@ A `RecordedCore` is a `Core`: whoever does not record pays nothing for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -75,10 +75,18 @@ def free_path(path: str | Path) -> Path:
 
 
 class Recorder:
-    """Writes a log. Stops for good at `most_bytes`: what is there stays replayable, and the disk does not fill."""
+    """Writes a log. Stops for good at `most_bytes`, and says so to `on_full`: what is there stays replayable, and the
+    disk does not fill."""
 
-    def __init__(self, path: str | Path, opening: Opening, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        opening: Opening,
+        most_bytes: int = MOST_BYTES,
+        on_full: Callable[[], None] = lambda: None,
+    ) -> None:
         """Raises OSError."""
+        self._on_full = on_full
         self._file: BinaryIO = Path(path).open("wb")  # noqa: SIM115 - lives as long as the server
         self._left = most_bytes
         self._encoder = msgspec.msgpack.Encoder()
@@ -93,9 +101,13 @@ class Recorder:
         self._file.close()
 
     def _write(self, value: object) -> None:
+        if self._left < 0:
+            return
         data = self._encoder.encode(value)
         self._left -= LENGTH_BYTES + len(data)
-        if self._left >= 0:
+        if self._left < 0:
+            self._on_full()
+        else:
             self._file.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
 

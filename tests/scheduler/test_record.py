@@ -65,6 +65,16 @@ def test_a_log_that_was_cut_off_is_whole_up_to_its_last_entry(tmp_path: Path) ->
     assert 0.5 * whole < part.events < 0.8 * whole
 
 
+def test_a_log_that_stops_at_its_limit_says_so_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    recorder = Recorder(tmp_path / "log", OPENING, most_bytes=2000, on_full=lambda: said.append("full"))
+    core = RecordedCore(OPENING, recorder)
+    for number in range(100):
+        core.arrive(Ticket(number, "a"), float(number))
+    recorder.close()
+    assert said == ["full"]
+
+
 def test_a_log_stops_at_its_limit_and_stays_good(tmp_path: Path) -> None:
     busy_life(tmp_path / "log", most_bytes=20_000)
     assert (tmp_path / "log").stat().st_size <= 20_000
