@@ -180,6 +180,7 @@ cdef enum:
     MOST_HEAD = 16 << 10
     MOST_HEADERS = 64
     MOST_BODY = 256 << 10
+    MOST_DIGITS = 5  # of a chunk's size: no chunk is larger than a body
     MOST_AHEAD = 64 << 10  # of a client that sends while it is answered
     MOST_ANSWER = 1 << 20  # an answer up to this size is held until it is whole
     MOST_REFUSAL = 64 << 10  # no error envelope is larger
@@ -756,6 +757,9 @@ cdef class Client(Conn):
     cdef char* _in
     cdef size_t _in_len, _in_cap
     cdef size_t _head, _body, _searched  # sizes of the request whose head is known, and of what has been searched
+    cdef size_t _framed  # the body's size as it came
+    cdef bint _chunked, _more  # it came in chunks; and the last is not here
+    cdef string _joined  # what was in them
     cdef string _said, _short  # the kept headers of the last request here, and its body's short form
     cdef Places _places  # of the request, once it is scanned
     cdef dict _headers
@@ -820,7 +824,7 @@ cdef class Client(Conn):
     @property
     def body(self):
         """A copy of the request's body. Only until the answer begins."""
-        return PyBytes_FromStringAndSize(self._in + self._head, self._body)
+        return PyBytes_FromStringAndSize(self._text_of_body(), self._body)
 
     @property
     def first_byte_s(self):
@@ -835,7 +839,7 @@ cdef class Client(Conn):
         return self._scanned or self._scan()
 
     cdef bint _scan(self) except -1:
-        cdef const unsigned char* body = <unsigned char*>self._in + self._head
+        cdef const unsigned char* body = <unsigned char*>self._text_of_body()
         cdef string* short = &self._relay._text
         if self._head > self._relay._max_head or self._body > self._relay._max_body:
             return False
@@ -996,7 +1000,7 @@ cdef class Client(Conn):
         self._in_len += size
         if self._exchange is None and self._out_len == 0:
             self._requests()
-        elif self._in_len > self._head + self._body + MOST_AHEAD:
+        elif self._in_len > self._head + self._framed + MOST_AHEAD:
             self._watch(self._mask & ~<unsigned>EPOLLIN | EPOLLRDHUP)
         if self._ended() and not self._closed:
             self._gone()
@@ -1086,11 +1090,49 @@ cdef class Client(Conn):
                 return 0
             if not self._recognise(end + 4 - self._in):
                 return self._hand_over(None)
-        if self._in_len < self._head + self._body:
+        if self._chunked and not self._unchunk():
+            return self._hand_over(None)
+        if self._in_len < self._head + self._framed or self._more:
             if self._deadline > self._relay._now + PARTIAL:
                 self._await(PARTIAL)
             return 0
         return self._decide()
+
+    cdef const char* _text_of_body(self) noexcept:
+        return self._joined.data() if self._chunked else self._in + self._head
+
+    cdef bint _unchunk(self) except -1:
+        """Join the chunks that are there, from the first that was not; False where the body is not plainly chunked: with
+        extensions, trailers, nothing in it, or more than a body may have. `_more` of it may be to come."""
+        cdef const char* start = self._in + self._head
+        cdef const char* end = self._in + self._in_len
+        cdef const char* p
+        cdef size_t size
+        cdef int digits
+        while True:
+            p = start + self._framed
+            size, digits = 0, 0
+            while p < end and _is_hex(p[0]) and digits <= MOST_DIGITS:
+                size = size * 16 + (p[0] - 48 if p[0] <= 57 else (p[0] | 32) - 87)
+                digits += 1
+                p += 1
+            if digits > MOST_DIGITS or (p < end and (digits == 0 or p[0] != 13)):
+                return False
+            if end - p < 2:
+                return True
+            if p[1] != 10 or self._joined.size() + size > MOST_BODY:
+                return False
+            p += 2
+            if <size_t>(end - p) < size + 2:
+                return size > 0 or end == p or p[0] == 13
+            if p[size] != 13 or p[size + 1] != 10:
+                return False
+            self._joined.append(p, size)
+            self._framed = p + size + 2 - start
+            if size == 0:
+                self._more = False
+                self._body = self._joined.size()
+                return self._body > 0
 
     cdef bint _recognise(self, size_t size) except -1:
         """Whether this head is one of ours; then `_head`, `_body`, `headers` and `_path` are known."""
@@ -1098,6 +1140,7 @@ cdef class Client(Conn):
         cdef const char* end = self._in + size - 2  # past the last header's CRLF
         cdef const char* p
         cdef long long length = -1
+        cdef bint chunked = False
         cdef int count = 0, types = 0
         cdef unsigned long long kept = 0
         cdef string* said = &self._relay._text
@@ -1120,6 +1163,10 @@ cdef class Client(Conn):
                 length = _digits(field.value, field.length)
                 if length < 0 or length > MOST_BODY:
                     return False
+            elif _named(&field, b"transfer-encoding", 17):
+                if chunked or not _same(field.value, field.length, b"chunked", 7):
+                    return False
+                chunked = True
             elif _named(&field, b"content-type", 12):
                 types += 1
                 if not _json(field.value, field.length):
@@ -1129,14 +1176,21 @@ cdef class Client(Conn):
                     return False
             elif not self._other(&field, &kept, said):
                 return False
-        if length <= 0 or types != 1 or not (kept >> self._relay._host) & 1:
+        if chunked:
+            if length >= 0:
+                return False
+            length = 0
+        elif length <= 0:
+            return False
+        if types != 1 or not (kept >> self._relay._host) & 1:
             return False
         if said[0] != self._said:
             self._said.assign(said[0])
             self._forget_kind()
         self._headers = None
         self._scanned = False
-        self._head, self._body = size, length
+        self._head, self._body, self._framed = size, length, length
+        self._chunked = self._more = chunked
         return True
 
     cdef const char* _request_line(self, const char* end) except? NULL:
@@ -1439,7 +1493,7 @@ cdef class Client(Conn):
 
     cdef int _answering(self) except -1:
         """The answer begins: the request is not needed any more."""
-        cdef size_t taken = self._head + self._body
+        cdef size_t taken = self._head + self._framed
         if self.started:
             return 0
         self.started = True
@@ -1448,7 +1502,10 @@ cdef class Client(Conn):
             memmove(self._in, self._in + taken, self._in_len)
         elif self._in_cap > SMALL:
             self._let_go()
-        self._head = self._body = self._searched = 0
+        self._head = self._body = self._framed = self._searched = 0
+        if self._chunked:
+            self._joined = string()
+            self._chunked = False
         self._headers = None
         self._request_head = None
         self._edits.clear()
@@ -1497,7 +1554,7 @@ cdef class Client(Conn):
     cdef int _hand_over(self, exchange) except -1:
         """Let the other lane go on with this connection."""
         cdef int fd = self._fd if self._tls is None else self._bridged()
-        cdef bint whole = self._head > 0 and self._in_len == self._head + self._body
+        cdef bint whole = self._head > 0 and self._in_len == self._head + self._framed and not self._more
         data = PyBytes_FromStringAndSize(self._in, self._in_len)
         self._exchange = self._scanner = self._pool = None
         self._drop(False)
@@ -1599,7 +1656,7 @@ cdef class Upstream(Conn):
         cdef vector[iovec] parts
         cdef iovec part
         cdef size_t at = 0
-        cdef char* body = client._in + client._head
+        cdef char* body = <char*>client._text_of_body()
         cdef Edit edit
         cdef char line[64]
         cdef size_t length = client._body

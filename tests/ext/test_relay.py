@@ -20,7 +20,7 @@ from ext._relay import Client, Relay
 pytestmark = pytest.mark.native
 
 KEPT = ("authorization", "host", "x-request-id")
-FOREIGN = ("expect", "upgrade", "transfer-encoding", "content-encoding", "trailer", "x-vramp-")
+FOREIGN = ("expect", "upgrade", "content-encoding", "trailer", "x-vramp-")
 BODY = b'{"model":"m","messages":[]}'
 
 
@@ -99,6 +99,14 @@ def request(*lines: bytes, body: bytes = BODY, first: bytes = b"POST /v1/chat/co
     return b"\r\n".join([first, *lines, b"", body])
 
 
+def chunks(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end
+
+
+def in_chunks(body: bytes, *lines: bytes) -> bytes:
+    return request(b"host: x", b"content-type: application/json", b"transfer-encoding: chunked", *lines, body=body)
+
+
 LENGTH = b"content-length: %d" % len(BODY)
 GOOD = (b"host: x", b"content-type: application/json", LENGTH)
 
@@ -110,6 +118,9 @@ RECOGNISED = {
     "an unknown header": request(*GOOD, b"X-Stainless-Lang: python", b"!#$%&'*+-.^_`|~: x"),
     "an empty value": request(*GOOD, b"x-a:"),
     "a long unknown name": request(*GOOD, b"x" * 300 + b": 1"),
+    "one chunk": in_chunks(chunks(BODY)),
+    "many chunks": in_chunks(chunks(*(bytes([each]) for each in BODY))),
+    "chunks with large digits": in_chunks(b"1B\r\n" + BODY + b"\r\n00000\r\n\r\n"),
     "leading zeros in a length": request(*GOOD[:2], b"content-length: 000%d" % len(BODY)),
 }
 
@@ -128,6 +139,19 @@ FOR_AIOHTTP = {
     "an empty line first": b"\r\n" + request(*GOOD),
     "length and chunks": request(*GOOD, b"transfer-encoding: chunked"),
     "chunks": request(b"host: x", b"content-type: application/json", b"transfer-encoding: chunked", body=b"0\r\n\r\n"),
+    "chunks with an extension": in_chunks(b"1b;a=b\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks with a trailer": in_chunks(chunks(BODY, end=b"0\r\na: b\r\n\r\n")),
+    "chunks with a bare LF": in_chunks(b"1b\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks that end in a bare LF": in_chunks(b"1b\r\n" + BODY + b"\n0\r\n\r\n"),
+    "chunks that are longer than they say": in_chunks(b"1a\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks of a signed size": in_chunks(b"+1b\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks of a size with 0x": in_chunks(b"0x1b\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks of a size with a space": in_chunks(b"1b \r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "chunks of a huge size": in_chunks(b"ffffffffffffffff1b\r\n" + BODY),
+    "chunks above the bound": in_chunks(b"50000\r\n"),
+    "chunks twice": in_chunks(chunks(BODY), b"transfer-encoding: chunked"),
+    "chunks, coded": in_chunks(chunks(BODY), b"transfer-encoding: gzip"),
+    "an empty size": in_chunks(b"\r\n" + BODY),
     "odd coding": request(*GOOD, b"Transfer-Encoding: xchunked"),
     "two lengths": request(*GOOD, LENGTH),
     "two different lengths": request(*GOOD, b"content-length: 5"),
@@ -192,6 +216,20 @@ def test_everything_else_is_handed_over_untouched(harness: Harness, name: str) -
 def test_a_request_byte_by_byte_is_one_request(harness: Harness) -> None:
     whole = RECOGNISED["plain"]
     seen, handed_over = harness.send(*(whole[at : at + 1] for at in range(len(whole))))
+    assert [body for _, _, body in seen] == [BODY]
+    assert handed_over == [whole]
+
+
+def test_chunks_byte_by_byte_are_one_request(harness: Harness) -> None:
+    whole = in_chunks(chunks(BODY[:5], BODY[5:]))
+    seen, handed_over = harness.send(*(whole[at : at + 1] for at in range(len(whole))))
+    assert [body for _, _, body in seen] == [BODY]
+    assert handed_over == [whole]
+
+
+def test_a_chunked_request_takes_along_what_is_behind_it(harness: Harness) -> None:
+    whole = in_chunks(chunks(BODY)) + RECOGNISED["plain"]
+    seen, handed_over = harness.send(whole)
     assert [body for _, _, body in seen] == [BODY]
     assert handed_over == [whole]
 
@@ -272,11 +310,26 @@ def as_aiohttp_reads(data: bytes) -> list[tuple[str, str, dict[str, str], bytes]
 
 PIECES = st.sampled_from(
     [
-        *GOOD, *GOOD, *GOOD, b"content-length: 5", b"transfer-encoding: chunked", b"connection: close", b"x-a: 1",
-        b" folded", b"x-a : 1", b"x-a:\t1 ", b"host: y", b"X-Request-Id: abc", b"x\n: 1", b"x: \r", b"x: a\nb: c",
+        *GOOD,
+        *GOOD,
+        *GOOD,
+        b"content-length: 5",
+        b"transfer-encoding: chunked",
+        b"connection: close",
+        b"x-a: 1",
+        b" folded",
+        b"x-a : 1",
+        b"x-a:\t1 ",
+        b"host: y",
+        b"X-Request-Id: abc",
+        b"x\n: 1",
+        b"x: \r",
+        b"x: a\nb: c",
         b"Authorization: b",
     ]
 )  # fmt: skip
+IN_CHUNKS = [chunks(BODY), chunks(BODY[:3], BODY[3:]), chunks(BODY, end=b"0\r\na: b\r\n\r\n")]
+BODIES = st.sampled_from([BODY] * 3 + IN_CHUNKS)
 FIRST = st.sampled_from(
     [b"POST /v1/chat/completions HTTP/1.1"] * 6
     + [b"POST /v1/embeddings HTTP/1.1", b"POST /v1/chat/completions HTTP/1.0", b"POST /v1/chat/completions  HTTP/1.1"]
@@ -286,15 +339,17 @@ FIRST = st.sampled_from(
 @given(
     first=FIRST,
     lines=st.lists(PIECES, max_size=6),
+    sent=BODIES,
     whole=st.booleans(),
     at=st.integers(0, 300),
     noise=st.binary(max_size=2) | st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b":", b"\x00"]),
     noisy=st.booleans(),
 )
 def test_what_is_recognised_is_what_aiohttp_reads(
-    first: bytes, lines: list[bytes], whole: bool, at: int, noise: bytes, noisy: bool
+    first: bytes, lines: list[bytes], sent: bytes, whole: bool, at: int, noise: bytes, noisy: bool
 ) -> None:
-    data = request(*(GOOD if whole else ()), *lines, first=first)
+    framed = sent is not BODY and b"transfer-encoding: chunked" in lines
+    data = request(*((GOOD[:2] if framed else GOOD) if whole else ()), *lines, first=first, body=sent)
     if noisy:
         data = data[: at % len(data)] + noise + data[at % len(data) :]
     harness = Harness()
@@ -305,10 +360,12 @@ def test_what_is_recognised_is_what_aiohttp_reads(
     if not seen:
         return
     path, headers, body = seen[0]
-    read = as_aiohttp_reads(data[: data.index(b"\r\n\r\n") + 4 + len(body)])
+    start = data.index(b"\r\n\r\n") + 4
+    chunked = b"content-length" not in data[:start].lower()
+    read = as_aiohttp_reads(data[: data.index(b"0\r\n\r\n", start) + 5 if chunked else start + len(body)])
     assert len(read) == 1
     assert read[0][:2] == ("POST", path)
     assert read[0][3] == body
     for name, value in headers.items():
         assert read[0][2][name] == value
-    assert int(read[0][2]["content-length"]) == len(body)
+    assert chunked or int(read[0][2]["content-length"]) == len(body)

@@ -154,6 +154,12 @@ CALLS: dict[str, tuple[Any, bytes]] = {
     "two models": (plain(), request(b'{"model":"far","messages":[],"model":"demo-chat"}')),
     "an odd body": (plain(), request(b'{"model":"demo-chat","messages":[],"x":"\\ud800"}')),
 }
+SENT = request(call()).partition(b"\r\n\r\n")[2]
+CALLS["in chunks"] = (
+    plain(),
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    b"transfer-encoding: chunked\r\n\r\n5\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (SENT[:5], len(SENT) - 5, SENT[5:]),
+)
 TIMES = ("time", "request_id", "queue_s", "load_s", "upstream_s", "first_byte_s", "duration_s")
 
 
@@ -206,8 +212,8 @@ async def test_both_lanes_tell_alike_what_the_limits_leave_and_let_go_of_it(lane
     assert b"x-ratelimit-limit-tokens: 6000" in seen[0][0][0]
 
 
-ONES = ("a chat", "with an id", "in a class", "traced", "to a remote, renamed", "with a group", "a default model",
-        "embeddings", "a priority", "a stream", "a remote stream")  # fmt: skip
+ONES = ("a chat", "in chunks", "with an id", "in a class", "traced", "to a remote, renamed", "with a group",
+        "a default model", "embeddings", "a priority", "a stream", "a remote stream")  # fmt: skip
 
 
 async def test_what_a_connection_said_before_changes_no_answer(lanes: Lanes, handed_over: list[bytes]) -> None:
@@ -261,7 +267,7 @@ async def test_a_connection_is_asked_for_its_key_again_when_it_sends_another_or_
 
 
 @pytest.mark.parametrize(
-    "name", ["a chat", "a remote stream", "embeddings", "a priority", "a large answer", "a stream"]
+    "name", ["a chat", "a remote stream", "embeddings", "a priority", "a large answer", "a stream", "in chunks"]
 )
 async def test_an_ordinary_call_stays_in_the_fast_lane(fast: Proxy, handed_over: list[bytes], name: str) -> None:
     fast.upstream.behave = fast.remote.behave = CALLS[name][0]
