@@ -1102,8 +1102,8 @@ cdef class Client(Conn):
         return self._joined.data() if self._chunked else self._in + self._head
 
     cdef bint _unchunk(self) except -1:
-        """Join the chunks that are there, from the first that was not; False where the body is not plainly chunked: with
-        extensions, trailers, nothing in it, or more than a body may have. `_more` of it may be to come."""
+        """Join the chunks that are there, from the first that was not; False where the body is not plainly chunked:
+        with extensions, trailers, nothing in it, or more than a body may have. `_more` of it may be to come."""
         cdef const char* start = self._in + self._head
         cdef const char* end = self._in + self._in_len
         cdef const char* p
