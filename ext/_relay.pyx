@@ -1581,6 +1581,7 @@ cdef class Client(Conn):
             outer._leave()
         else:
             outer._balance()
+            outer._say()
         return ends[1]
 
 
@@ -2068,7 +2069,7 @@ cdef class Bridge(Conn):
     """One of two ends: a client that speaks TLS, and a socket on which somebody else hears in plain text what it says.
 
     Nothing is read at one end while the other has something to write. `_other` is None once that is closed: then this
-    one closes when all is written.
+    one, a client's, closes when all is written.
     """
 
     cdef Bridge _other
@@ -2086,6 +2087,8 @@ cdef class Bridge(Conn):
     cdef int _flushed(self, int state) except -1:
         if state < 0 or (state == 1 and self._other is None):
             return self._leave()
+        if self._tls is not None:  # the other end has no limit: it may be busy with what came before
+            self._limit_at(NEVER if state else self._relay._now + self._relay._stall)
         return self._balance()
 
     cdef int _readable(self) except -1:
@@ -2117,25 +2120,24 @@ cdef class Bridge(Conn):
         return 0
 
     cdef int _look(self) except -1:
-        """Watch for what can be done. Only a client has a limit: the other end may be busy with what came before."""
+        """Watch for what can be done."""
         cdef unsigned mask = 0
         if self._other is not None and self._other._out_len == 0:
             mask = EPOLLIN | EPOLLRDHUP
         if self._out_len:
             mask |= EPOLLOUT
         self._watch(mask)
-        self._limit_at(self._relay._now + self._relay._stall if self._out_len and self._tls is not None else NEVER)
         return 0
 
     cdef int _leave(self) except -1:
-        """Close this end, and the other one once it has written all."""
+        """Close this end, and the other one: a client's once it has got all that was said to it."""
         cdef Bridge other = self._other
         self._other = None
         self._drop(True)
         if other is None:
             return 0
         other._other = None
-        return other._say() if other._out_len else other._drop(True)
+        return other._say() if other._out_len and other._tls is not None else other._drop(True)
 
     cdef int _cut(self) except -1:
         """Close both ends now, with what has been said to the client."""
