@@ -1,8 +1,8 @@
 """What vramp costs: CPU time per request and per streamed chunk, memory per stream. Printed, never asserted.
 
-vramp (one worker, configs/bench.toml: every gate on), once more without its fast lane, a plain aiohttp relay, and
-nginx where it is installed stand in turn before the same fake upstream, in one run on one machine: compare their ratio,
-not the figures, which other machines will not have.
+vramp (one worker, configs/bench.toml: every gate on), once more without its fast lane and with an HTTPS upstream, a
+plain aiohttp relay, and nginx where it is installed stand in turn before the same fake upstream, in one run on one
+machine: compare their ratio, not the figures, which other machines will not have.
 Of several short windows the best counts, for all alike: whatever else the machine does only ever adds. Counted is the
 CPU time of the process tree under test, so neither client nor upstream is in it; their own cost is printed beside it.
 """
@@ -171,11 +171,30 @@ def printing_its_port(argv: list[str], core: set[int]) -> Iterator[Subject]:
         yield Subject(process, int(line))
 
 
-def bench_config(upstream_port: int) -> str:
-    """configs/bench.toml, but for the upstream's port."""
+def bench_config(upstream_port: int, scheme: str = "http") -> str:
+    """configs/bench.toml, but for the upstream's address."""
     text = CONFIG.read_text(encoding="utf-8")
     base_url = tomllib.loads(text)["backends"][0]["base_url"]
-    return text.replace(base_url, f"http://127.0.0.1:{upstream_port}/v1")
+    return text.replace(base_url, f"{scheme}://127.0.0.1:{upstream_port}/v1")
+
+
+@contextlib.contextmanager
+def over_tls(core: set[int]) -> Iterator[Subject]:
+    """The fake upstream once more, with a certificate made here, which the servers started meanwhile trust."""
+    with tempfile.TemporaryDirectory(prefix="vramp-bench-") as folder:
+        cert, key = f"{folder}/cert.pem", f"{folder}/key.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"]
+        command += ["-subj", "/CN=bench", "-addext", "subjectAltName=IP:127.0.0.1", "-out", cert, "-keyout", key]
+        subprocess.run(command, check=True, capture_output=True)
+        before = os.environ.get("SSL_CERT_FILE")
+        os.environ["SSL_CERT_FILE"] = cert
+        try:
+            with printing_its_port(["-m", "loadtests.fake_upstream", cert, key], core) as upstream:
+                yield upstream
+        finally:
+            del os.environ["SSL_CERT_FILE"]
+            if before is not None:
+                os.environ["SSL_CERT_FILE"] = before
 
 
 @contextlib.contextmanager
@@ -305,17 +324,19 @@ def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
     """The whole run."""
     theirs, ours = cores()
     os.sched_setaffinity(0, ours)
-    with printing_its_port(["-m", "loadtests.fake_upstream"], ours) as upstream:
+    with printing_its_port(["-m", "loadtests.fake_upstream"], ours) as upstream, over_tls(ours) as sealed:
         step("client and upstream alone")
         alone = uvloop.run(rig(upstream))
         found = []
-        for name, peer in peers(upstream.port, theirs):
+        for name, peer in peers(upstream.port, sealed.port, theirs):
             with peer as subject:
                 found.append(uvloop.run(figures(name, subject, step)))
     return alone, found
 
 
-def peers(upstream_port: int, core: set[int]) -> list[tuple[str, contextlib.AbstractContextManager[Subject]]]:
+def peers(
+    upstream_port: int, tls_port: int, core: set[int]
+) -> list[tuple[str, contextlib.AbstractContextManager[Subject]]]:
     """Everybody who is measured, by name; vramp comes last."""
     url, config = f"http://127.0.0.1:{upstream_port}", bench_config(upstream_port)
     ordinary = config.replace("[server]", "[server]\nfast_lane = false", 1)
@@ -324,6 +345,7 @@ def peers(upstream_port: int, core: set[int]) -> list[tuple[str, contextlib.Abst
         found.append(("nginx", nginx_before(upstream_port, core)))
     found.append(("plain aiohttp relay", printing_its_port(["-m", "loadtests.plain_relay", url], core)))
     found.append(("vramp, ordinary lane", vramp(ordinary, core)))
+    found.append(("vramp, HTTPS upstream", vramp(bench_config(tls_port, "https"), core)))
     found.append(("vramp", vramp(config, core)))
     return found
 
@@ -386,7 +408,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: print(f"bench: {what}", file=sys.stderr, flush=True)
         return
     with Progress(console=console, transient=True) as bar:
-        line = bar.add_task("bench", total=1 + (3 + (nginx.program() is not None)) * STEPS)
+        line = bar.add_task("bench", total=1 + (4 + (nginx.program() is not None)) * STEPS)
         began = False
 
         def step(what: str) -> None:

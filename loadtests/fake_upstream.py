@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
+import sys
 from typing import cast
 
 import uvloop
@@ -61,12 +63,16 @@ class Upstream(asyncio.Protocol):
             self._transport.write(last)
 
 
-async def main() -> None:
-    """Serve on a free port until killed."""
-    server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", 0, backlog=1024)
+async def main(*pair: str) -> None:
+    """Serve on a free port until killed: over TLS with the files of a certificate and its key."""
+    tls = None
+    if pair:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*pair)
+    server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", 0, backlog=1024, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    uvloop.run(main(*sys.argv[1:]))
