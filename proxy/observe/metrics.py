@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from ext.tally import Histogram, Tally
@@ -173,10 +172,6 @@ class Metrics(Collector):
             limited=dict(self.limited),
             usage_rows=self.usage_rows(),
         )
-
-    def render(self) -> tuple[bytes, str]:
-        """The page and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     def collect(self) -> Iterator[Metric]:
         """Everything, as prometheus_client wants it."""

@@ -58,7 +58,6 @@ class Handler:
         usage: UsageLog,
         *,
         residency: Callable[[Deployment], str],
-        ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self.state = state
         self.draining = False
@@ -69,7 +68,6 @@ class Handler:
         self.access_log = access_log
         self.usage = usage
         self._residency = residency
-        self._ready = ready
         self._created = int(time.time())
         self.flying = Occupancy()  # the requests that are being answered
         self.on_change: Callable[[], None] = lambda: None  # the fast lane sets it
@@ -86,7 +84,7 @@ class Handler:
     @property
     def ready(self) -> bool:
         """Whether new requests are welcome: what /readyz says on both listeners."""
-        return not self.draining and not self.usage.full and self._ready()
+        return not self.draining and not self.usage.full
 
     def configure(self, state: State) -> None:
         """New requests go by this."""

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiohttp import web
+from prometheus_client import generate_latest
 
 from proxy.accounting import usage
 from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
@@ -166,7 +167,7 @@ async def seen(proxy: Proxy, answer: bytes) -> dict[str, Any]:
 
 def counts(proxy: Proxy) -> dict[str, float]:
     """The metrics but for sums of seconds, and for the buckets that seconds fall into."""
-    page = proxy.metrics.render()[0].decode()
+    page = generate_latest(proxy.metrics.registry).decode()
     lines = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines if "_sum" not in name and "_bucket" not in name}
 
