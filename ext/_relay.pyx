@@ -505,6 +505,7 @@ cdef class Conn:
         else:
             self._watch(0)
         self._fd = -1
+        self._tls = None  # it is large, and the wheel may hold us for a while
         free(self._out)
         self._out = NULL
         self._out_off = self._out_len = self._out_cap = 0
