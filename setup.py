@@ -57,7 +57,7 @@ def extensions() -> list[Extension]:
             [f"ext/_{name}.pyx"],
             language="c++",
             include_dirs=["ext"],
-            depends=["ext/_text.h"],
+            depends=["ext/_text.h", "ext/_siphash.h"],
             extra_compile_args=FLAGS,
         )
         for name in (*NAMES, *PARTS)

@@ -23,6 +23,9 @@ cdef struct Ride:
     Py_ssize_t remote_size
 
 
+cdef bytes digest(const string* text)
+
+
 cdef class Form:
     cdef vector[string] _texts
     cdef vector[int] _fields

@@ -6,6 +6,9 @@ from ext.occupancy import Occupancy
 from ext.rate_counters import Meter
 from ext.tally import Tally
 
+def siphash(text: bytes, key: bytes) -> bytes:
+    """SipHash-2-4 of the text, 16 bytes, under a key of 16."""
+
 class Form:
     """A line of which some fields differ: (what stands before the field, the field as `ext.relay.Field`).
 

@@ -63,6 +63,29 @@ cdef void _new_id(char* id) noexcept nogil:
         bits >>= 4
 
 
+cdef extern from "_siphash.h":
+    void vr_siphash(const unsigned char* key, const unsigned char* text, size_t size, unsigned char* out) noexcept nogil
+
+_secret = os.urandom(16)
+
+
+def siphash(bytes text not None, bytes key not None):
+    """SipHash-2-4 of the text, 16 bytes, under a key of 16."""
+    cdef unsigned char[16] out
+    if len(key) != 16:
+        raise ValueError(f"the key has {len(key)} bytes; use 16")
+    vr_siphash(<const unsigned char*>PyBytes_AS_STRING(key), <const unsigned char*>PyBytes_AS_STRING(text),
+               PyBytes_GET_SIZE(text), out)
+    return PyBytes_FromStringAndSize(<char*>out, 16)
+
+
+cdef bytes digest(const string* text):
+    """What stands for a text that must not be kept: nobody can choose two of one digest, or find one from it."""
+    cdef unsigned char[16] out
+    vr_siphash(<const unsigned char*>PyBytes_AS_STRING(_secret), <const unsigned char*>text.data(), text.size(), out)
+    return PyBytes_FromStringAndSize(<char*>out, 16)
+
+
 cdef class Form:
     """A line of which only some fields differ from request to request.
 

@@ -39,10 +39,8 @@ from libc.time cimport time, time_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-import hashlib
-
 from ext._body_scan cimport Answered, Places, read_answer_into, scan_into, spans_of
-from ext._gate cimport GIVEN, Gate, Ride
+from ext._gate cimport GIVEN, Gate, Ride, digest
 from ext._json_lines cimport put_whole
 from ext._sse cimport EventScanner
 from ext._tls cimport RECORD, Tls
@@ -74,15 +72,19 @@ cdef extern from *:
 
     /* Accept one connection; `text` gets the peer's address, or nothing where it has none. */
     static int vr_accept(int listener, char *text, int size) {
-        struct sockaddr_storage a; socklen_t n = sizeof a; int one = 1;
+        struct sockaddr_storage a; socklen_t n = sizeof a;
         int fd = accept4(listener, (struct sockaddr *)&a, &n, SOCK_NONBLOCK | SOCK_CLOEXEC);
         text[0] = 0;
         if (fd < 0) return fd;
         if (a.ss_family == AF_INET) inet_ntop(AF_INET, &((struct sockaddr_in *)&a)->sin_addr, text, size);
         if (a.ss_family == AF_INET6) inet_ntop(AF_INET6, &((struct sockaddr_in6 *)&a)->sin6_addr, text, size);
-        vr_no_delay(fd);
-        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
         return fd;
+    }
+    /* What is set for a listener holds for whom it accepts. */
+    static void vr_for_all(int listener) {
+        int one = 1;
+        vr_no_delay(listener);
+        setsockopt(listener, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
     }
     /* Begin to connect to a numeric address; -1 with errno. */
     static int vr_connect(const char *host, int port) {
@@ -142,6 +144,7 @@ cdef extern from *:
     long long vr_now() noexcept nogil
     int vr_watch(int ep, int op, int fd, unsigned events, void* tag) noexcept nogil
     int vr_accept(int listener, char* text, int size) noexcept nogil
+    void vr_for_all(int listener) noexcept nogil
     int vr_connect(const char* host, int port) noexcept nogil
     int vr_pair(int* ends) noexcept nogil
     int vr_failed(int why) noexcept nogil
@@ -194,8 +197,6 @@ cdef enum:
     SEALED = 17 << 10  # so much is read over TLS at once, a record: its buffer keeps its size, on every connection
     NAME = 40  # longer header names are none of ours
     MOST_NAMES = 64
-
-_blake2b = hashlib.blake2b
 
 cdef long long SECOND = 1000000000
 cdef long long TICK = 50000000
@@ -738,6 +739,7 @@ cdef class Listener(Conn):
                 client._tls = Tls(self._context, None)
                 client._shaking = True
             client._await(self._relay._handshake if client._shaking else self._relay._keepalive)
+            self._relay._accepted = True
         return most
 
     cdef int _ready(self, unsigned events) except -1:
@@ -863,14 +865,13 @@ cdef class Client(Conn):
         return 0
 
     cdef bytes _kind(self):
-        """Path, kept headers and short form. They hold the caller's key, so a digest stands for them: two texts with
-        one of 128 bits are harder to find than a key."""
+        """Path, kept headers and short form: a digest stands for them, since they hold the caller's key."""
         cdef string text = self._path.encode("ascii")
         text.push_back(0)
         text.append(self._said)
         text.push_back(0)
         text.append(self._short)
-        return _blake2b(<bytes>text, digest_size=16).digest()
+        return digest(&text)
 
     cdef void _forget_kind(self) noexcept:
         """The request is not of the kind of the last one."""
@@ -1826,8 +1827,11 @@ cdef class Upstream(Conn):
 
     cdef EventScanner _scanner_of(self, Client client):
         """What the events of this answer go through."""
+        cdef EventScanner scanner
         if client._riding and not self._twice:
-            return EventScanner(withhold_usage=(<Flow>client._exchange)._withholds)
+            scanner = EventScanner.__new__(EventScanner)
+            scanner.withhold_usage = (<Flow>client._exchange)._withholds
+            return scanner
         return client._python().scan(self._headers())
 
     cdef bint _is_plain(self) noexcept:
@@ -2172,6 +2176,7 @@ cdef class Relay:
     cdef string _date  # the last line of every head, and the empty one, of this second
     cdef time_t _second
     cdef public bint passing
+    cdef bint _accepted  # somebody, in this turn
     cdef dict _kinds  # (memo, flow) by the digest of what is said
     cdef size_t _max_head, _max_body
     cdef int _max_depth
@@ -2271,6 +2276,7 @@ cdef class Relay:
         descriptor, not blocking, is ours from now on. With a `tls` context it is spoken there."""
         cdef Listener listener = Listener.__new__(Listener)
         listener._context = tls
+        vr_for_all(fd)
         listener._open(self, fd, EPOLLIN | EPOLLEXCLUSIVE if watched else 0)
         return listener
 
@@ -2301,11 +2307,19 @@ cdef class Relay:
         self._grave.clear()
 
     def pump(self):
-        """Handle what is ready, up to 256 descriptors."""
+        """Handle what is ready, up to 256 descriptors, and what who was accepted then has said already: to come back for
+        that would be a turn of the loop."""
+        self._now = vr_now()
+        self._accepted = False
+        self._handle()
+        if self._accepted:
+            self._handle()
+        self._end_turn()
+
+    cdef int _handle(self) except -1:
         cdef epoll_event events[BATCH]
         cdef int count, i
         cdef Conn conn
-        self._now = vr_now()
         count = epoll_wait(self._ep, events, BATCH, 0)
         for i in range(count):
             conn = <Conn>events[i].data.ptr
@@ -2315,7 +2329,7 @@ cdef class Relay:
                 conn._ready(events[i].events)
             except Exception:
                 self._bug(conn)
-        self._end_turn()
+        return 0
 
     cdef int _end_turn(self) except -1:
         """Send what was said in this turn, and what that leads to."""
