@@ -2307,8 +2307,8 @@ cdef class Relay:
         self._grave.clear()
 
     def pump(self):
-        """Handle what is ready, up to 256 descriptors, and what who was accepted then has said already: to come back for
-        that would be a turn of the loop."""
+        """Handle what is ready, up to 256 descriptors, and what those who were accepted have said already: to come back
+        for that would be a turn of the loop."""
         self._now = vr_now()
         self._accepted = False
         self._handle()
