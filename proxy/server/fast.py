@@ -182,7 +182,8 @@ class FastLane:
         if not client.scan():
             return None
         known: Known | None = client.memo
-        if known is None or known.state is not state:
+        again = known is not None and known.state is state
+        if known is None or not again:
             known = self._known(client)
         now_s = self._relay.now_s
         outcome = self._outcome(client, known, known.request_id or new_request_id(), now_s)
@@ -197,7 +198,8 @@ class FastLane:
         if not placed:
             return None
         handler.begin()
-        self._let_follow(client, known)
+        if known.request_id is None:  # an id of its own makes each a kind of its own
+            client.remember(known, self._flow(client, known) if again else None)
         return exchange
 
     def resume(self, client: Client) -> RelayExchange:
@@ -235,15 +237,13 @@ class FastLane:
         target = None if plan.candidate.local else self._targets.find(plan.provider, plan.upstream_path, None)
         return Known(state, plan, call, outcome, given_request_id(headers), lines.encode("ascii"), target)
 
-    def _let_follow(self, client: Client, known: Known) -> None:
-        """Let the requests of this kind that follow here go without asking."""
-        if known.request_id is not None:
-            return  # an id of its own makes each a kind of its own
+    def _flow(self, client: Client, known: Known) -> Flow | None:
+        """For the requests of this kind that follow. The first makes none: where each has a trace or a user of its own,
+        there is no second."""
         plan, target, now_s = known.plan, known.target, self._relay.now_s
-        gathered = (
-            plan.candidate.local and self._packer(plan) is not None
-        )  # with others, or not: that is asked for each
-        if known.until_s <= now_s and not gathered:
+        if plan.candidate.local and self._packer(plan) is not None:
+            return None  # whether it goes together with others is asked for each
+        if known.until_s <= now_s:
             pool = self._pool(target)
             known.until_s = inf if target is None or target.pool is not None else now_s + NAMED_S
             known.flow = flow_of(
@@ -256,7 +256,7 @@ class FastLane:
                 b"" if target is None else _head(target, known),
                 until_s=known.until_s,
             )
-        client.remember(known, known.flow)
+        return known.flow
 
     def _configured(self, state: State) -> None:
         self._state = state

@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 
 from proxy.accounting import usage
 from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, TimeoutsConfig
+from proxy.server import fast as lane
 from proxy.server.fast import FastLane
 from tests.fakes import DONE, STREAM, chunk, hang, plain, stream, until
 from tests.proxy.server.conftest import Proxy
@@ -141,6 +142,10 @@ class Connection:
     async def status(self, data: bytes) -> int:
         return int((await self.ask(data)).split()[1])
 
+    async def make_known(self, data: bytes) -> None:
+        """From the second of its kind on there is a flow."""
+        assert [await self.status(data) for _ in range(2)] == [200, 200]
+
 
 @pytest.fixture
 async def connection(fast: Proxy) -> AsyncIterator[Connection]:
@@ -183,7 +188,7 @@ async def test_what_goes_by_a_flow_is_what_is_decided(
         proxy.configure(limits=limits)
         proxy.upstream.behave = proxy.remote.behave = behave
         connection = Connection(*await asyncio.open_connection(*proxy.address))
-        found[way] = [await seen(proxy, await connection.ask(data)) for _ in range(3)]
+        found[way] = [await seen(proxy, await connection.ask(data)) for _ in range(4)]
         connection.writer.close()
     for each in (*found["ordinary"], *found["fast"]):
         head, body = each["answer"]
@@ -195,9 +200,9 @@ async def test_what_goes_by_a_flow_is_what_is_decided(
     assert found["fast"] == found["ordinary"]
     assert counts(lanes[1]) == counts(lanes[0])
     if name.partition(",")[0] in HANDED_OVER:
-        assert asked["hand_over"] == 3
+        assert asked["hand_over"] == 4
     else:
-        assert (asked["decide"], asked["hand_over"]) == (3 if "with an id" in name else 1, 0)
+        assert (asked["decide"], asked["hand_over"]) == (4 if "with an id" in name else 2, 0)
 
 
 async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
@@ -206,16 +211,17 @@ async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
     fast.remote.behave = plain(COUNTED % b"")
     for _ in range(5):
         assert await connection.status(request(call("far"))) == 200
-    assert asked == {"decide": 1}
+    assert asked == {"decide": 2}
     fast.remote.behave = plain(status=201)
     assert await connection.status(request(call("far"))) == 201
-    assert asked == {"decide": 1, "resume": 1}
+    assert asked == {"decide": 2, "resume": 1}
 
 
-async def test_a_kind_is_decided_once_for_all_connections(fast: Proxy, asked: Counter[str]) -> None:
-    for _ in range(3):
+async def test_a_kind_is_decided_twice_for_all_connections(fast: Proxy, asked: Counter[str]) -> None:
+    """At first nobody knows whether it will be said again."""
+    for _ in range(4):
         await answer_to(fast, request(call("far")))
-    assert asked == {"decide": 1}
+    assert asked == {"decide": 2}
     others = {
         "another key": request(call("far"), CHAT, b"authorization: Bearer other"),
         "another path": request({"model": "far", "messages": [], "prompt": "x"}, "/v1/completions"),
@@ -224,14 +230,26 @@ async def test_a_kind_is_decided_once_for_all_connections(fast: Proxy, asked: Co
         "another class": request(call("far"), CHAT, b"x-vramp-class: batch"),
     }
     for at, data in enumerate(others.values()):
-        await answer_to(fast, data)
-        await answer_to(fast, data)
-        assert asked == {"decide": at + 2}
+        for _ in range(3):
+            await answer_to(fast, data)
+        assert asked == {"decide": 2 * at + 4}
+
+
+async def test_what_is_never_said_twice_makes_no_flow(
+    fast: Proxy, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace in each request would otherwise cost each a flow that nobody goes by."""
+    made: list[object] = []
+    monkeypatch.setattr(lane, "flow_of", lambda *args, **more: made.append(args))
+    for number in range(5):
+        trace = b"traceparent: 00-%032d-1-01" % number
+        assert await connection.status(request(call("far"), CHAT, trace)) == 200
+    assert made == []
 
 
 @pytest.mark.parametrize("limit", ["concurrency", "requests_per_minute"])
 async def test_a_limit_refuses_what_would_go_by_a_flow(fast: Proxy, connection: Connection, limit: str) -> None:
-    fast.configure(limits=LimitsConfig(**{limit: 2}))
+    fast.configure(limits=LimitsConfig(**{limit: 3}))
     held = asyncio.Event()
 
     async def holding(web_request: web.BaseRequest, body: bytes) -> web.StreamResponse:
@@ -240,15 +258,15 @@ async def test_a_limit_refuses_what_would_go_by_a_flow(fast: Proxy, connection: 
 
     fast.remote.behave = plain()
     data = request(call("far"))
-    assert await connection.status(data) == 200
+    await connection.make_known(data)
     fast.remote.behave = holding
-    asking = [asyncio.create_task(answer_to(fast, data)) for _ in range(2 if limit == "concurrency" else 1)]
+    asking = [asyncio.create_task(answer_to(fast, data)) for _ in range(3 if limit == "concurrency" else 1)]
     await until(lambda: fast.handler.in_flight == len(asking))
     assert await connection.status(data) == 429
     held.set()
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in await asyncio.gather(*asking))
     await fast.settled()
-    assert fast.counters.meter("key local", 0, 0, 2).in_use == 0
+    assert fast.counters.meter("key local", 0, 0, 3).in_use == 0
 
 
 async def test_a_slot_that_is_not_free_is_waited_for_and_not_lost(fast: Proxy, asked: Counter[str]) -> None:
@@ -300,20 +318,20 @@ async def test_what_carries_its_own_id_is_not_let_by_after_a_reload(fast: Proxy,
 
 
 async def test_a_server_that_drains_lets_nothing_by(fast: Proxy, connection: Connection) -> None:
-    assert [await connection.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    await connection.make_known(request(call("far")))
     fast.handler.drain()
     assert await connection.status(request(call("far"))) == 503
 
 
 async def test_nobody_goes_by_unrecorded(fast: Proxy, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [await connection.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    await connection.make_known(request(call("far")))
     await fast.rows()
     monkeypatch.setattr(usage, "MOST_PENDING", 0)
     assert await connection.status(request(call("far"))) in (200, 503)  # the row of this one tells that it is full
     assert await connection.status(request(call("far"))) == 503
     monkeypatch.undo()
     again = Connection(*await asyncio.open_connection(*fast.address))
-    assert [await again.status(request(call("far"))) for _ in range(2)] == [200, 200]
+    await again.make_known(request(call("far")))
     again.writer.close()
 
 
@@ -321,7 +339,7 @@ async def test_nobody_goes_by_unrecorded(fast: Proxy, connection: Connection, mo
 async def test_a_client_that_leaves_is_recorded_as_one(fast: Proxy, connection: Connection, streaming: bool) -> None:
     data = request(call("far", stream=streaming))
     fast.remote.behave = stream() if streaming else plain()
-    await connection.ask(data)
+    await connection.make_known(data)
     fast.remote.behave = stream(chunk("a"), then=hang) if streaming else hang  # type: ignore[arg-type]
     fast.remote.arrived.clear()
     connection.writer.write(data)
@@ -350,7 +368,7 @@ async def test_an_upstream_that_goes_is_told_and_recorded(fast: Proxy, connectio
 
     data = request(call("far", stream=streaming))
     fast.remote.behave = stream() if streaming else plain()
-    await connection.ask(data)
+    await connection.make_known(data)
     fast.remote.behave = stream(chunk("a"), then=cut) if streaming else gone
     answer = await connection.ask(data)
     await fast.settled()
@@ -367,7 +385,7 @@ async def test_an_upstream_that_goes_is_told_and_recorded(fast: Proxy, connectio
 
 async def test_an_answer_that_does_not_come_is_a_504(fast: Proxy, connection: Connection) -> None:
     fast.configure(timeouts=TimeoutsConfig(first_byte_s=0.1))
-    assert await connection.status(request(call("far"))) == 200
+    await connection.make_known(request(call("far")))
     fast.remote.behave = hang  # type: ignore[assignment]
     assert await connection.status(request(call("far"))) == 504
 
@@ -375,10 +393,10 @@ async def test_an_answer_that_does_not_come_is_a_504(fast: Proxy, connection: Co
 async def test_a_stop_ends_a_stream_with_words(fast: Proxy, connection: Connection) -> None:
     data = request(call("far", stream=True))
     fast.remote.behave = stream()
-    await connection.ask(data)
+    await connection.make_known(data)
     fast.remote.behave = stream(chunk("a"), then=hang)  # type: ignore[arg-type]
     asking = asyncio.create_task(connection.ask(data))
-    await until(lambda: len(fast.remote.requests) == 2 and fast.handler.in_flight == 1)
+    await until(lambda: len(fast.remote.requests) == 3 and fast.handler.in_flight == 1)
     await asyncio.sleep(0.02)
     await fast.server.close()
     assert b"stopping" in await asking
@@ -396,6 +414,7 @@ async def test_ids_of_requests_differ(fast: Proxy, connection: Connection) -> No
 async def test_a_slow_stream_is_one_stream_at_any_border(fast: Proxy, connection: Connection, tmp_path: Path) -> None:
     data = request(call("far", stream=True))
     fast.remote.behave = stream()
+    await connection.make_known(data)
     whole = normal(await connection.ask(data))
     for size in (1, 7, 100):
         pieces = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
