@@ -53,6 +53,7 @@ class Owner(Protocol):
     def hand_over(self, fd: int, data: bytes, exchange: Exchange | None, remote: str, whole: bool) -> None:
         """Go on with this connection: its descriptor, what has been read of it, the exchange that failed on it, the
         client's address. Where the client speaks TLS, the descriptor is of a socket pair, and what is plain is there.
+        `whole`: what was read is one request and nothing else.
         """
 
     def bug(self, exchange: Exchange | None) -> None:

@@ -5,6 +5,8 @@ answer goes to aiohttp with its connection, and is parsed there again; one that 
 along how (`Tried`), so that the next candidate is tried, or the error told, by the ordinary lane. The steps are that
 lane's own functions: keys, decoding, routing, leases and slots, records, metrics, the access log.
 
+What is decided on one kind of request is left to the relay for those that follow (`proxy.server.flows`).
+
 What is decided here never waits: a model that is not loaded, a lease or a slot that is not free, a host name that is
 not resolved are all reasons to hand over.
 """

@@ -87,12 +87,8 @@ class Exchange(msgspec.Struct, eq=False):
             events = (closing_comment(outcome) if started else self.comments) + events
         if not started:
             outcome.status = 200
-            last = f"{_CHUNKED}{self.lane.dates.now()}"
-            if output:
-                lead = _bytes(self.plan.head(200, self.headers, outcome, last, streams=True))
-            else:
-                waiting = outcome.headers(STREAM_HEADERS, waiting=True)
-                lead = _bytes(head_of(200, waiting, outcome.rate_limits) + last)
+            passed = self.headers if output else {}
+            lead = self._head(200, {**STREAM_HEADERS, **passed}, _CHUNKED, waiting=not output)
         outcome.bytes_out += len(events)
         return lead + _chunk(events), output
 
@@ -101,9 +97,7 @@ class Exchange(msgspec.Struct, eq=False):
         self._first_byte(self.client.first_byte_s)
         self.outcome.status = status
         self.lengthy = length >= 0
-        framing = f"Content-Length: {length}\r\n" if self.lengthy else _CHUNKED
-        head = head_of(status, self.outcome.headers(headers), self.outcome.rate_limits)
-        return _bytes(f"{head}{framing}{self.lane.dates.now()}")
+        return self._head(status, headers, _length(length) if self.lengthy else _CHUNKED)
 
     def whole(self, status: int, headers: dict[str, str], body: bytes) -> bytes | None:
         """A whole answer that is not an event stream; None where it is none to pass on."""
@@ -123,9 +117,9 @@ class Exchange(msgspec.Struct, eq=False):
         record_body(outcome, body)
         outcome.status = status
         outcome.bytes_out += len(body)
-        head = self.plan.head(status, headers, outcome, f"Content-Length: {len(body)}\r\n{self.lane.dates.now()}")
+        head = self._head(status, headers, _length(len(body)))
         self._settle()
-        return _bytes(head) + body
+        return head + body
 
     def ended(self, tail: bytes) -> bytes | None:
         """The end of an answer that was begun."""
@@ -146,6 +140,11 @@ class Exchange(msgspec.Struct, eq=False):
             last = self.begin(rest)[0]
         self._settle()
         return last + LAST_CHUNK
+
+    def _head(self, status: int, headers: Mapping[str, str], framing: str, *, waiting: bool = False) -> bytes:
+        outcome = self.outcome
+        head = head_of(status, outcome.headers(headers, waiting=waiting), outcome.rate_limits)
+        return f"{head}{framing}{self.lane.dates.now()}".encode("utf-8", "surrogateescape")
 
     def resume(self, scanner: EventScanner | None, headers: Mapping[str, str], output_s: float, bytes_out: int) -> None:
         """It came as far as this without asking here: what its stream goes through, and when its output began."""
@@ -243,8 +242,8 @@ class Exchange(msgspec.Struct, eq=False):
             self.lane.handler.leases.give_back(self.ticket_id, used, output)
 
 
-def _bytes(head: str) -> bytes:
-    return head.encode("utf-8", "surrogateescape")
+def _length(size: int) -> str:
+    return f"Content-Length: {size}\r\n"
 
 
 def _chunk(data: bytes) -> bytes:

@@ -18,14 +18,11 @@ from proxy.dialects.endpoints import ENDPOINTS
 from proxy.observe.outcome import Outcome
 from proxy.providers.base import Provider
 from proxy.routing.router import Candidate
-from proxy.server.answer import STREAM_HEADERS
-from proxy.server.head import head_of
 from proxy.server.journey import changes_for, note_attempt, note_call
 from proxy.server.state import State
 
 MOST_PLANS = 1024
 MOST_SHORT = 1024  # bytes of a short form that is remembered
-MOST_HEADS = 16  # of one plan
 
 
 class Plan(msgspec.Struct, eq=False):
@@ -40,28 +37,6 @@ class Plan(msgspec.Struct, eq=False):
     changes: dict[str, bytes]
     limits: Limits
     may_fail_over: bool  # to another candidate, or to another engine
-    heads: dict[tuple[int, str, bool], str] = {}
-
-    def head(
-        self, status: int, passed: Mapping[str, str], outcome: Outcome, last: str, *, streams: bool = False
-    ) -> str:
-        """A response's head as aiohttp writes it. `last`: the lines of its framing and its date.
-
-        Made of a template, above all for the first event of a stream: whoever waits for it waits for this, and after a
-        pause the many small steps of making it anew are all out of the processor's caches.
-        """
-        content_type = passed.get("content-type")
-        if len(passed) != 1 or content_type is None:
-            lines = {**STREAM_HEADERS, **passed} if streams else passed
-            return head_of(status, outcome.headers(lines), outcome.rate_limits) + last
-        key = (status, content_type, streams)
-        made = self.heads.get(key)
-        if made is None:
-            if len(self.heads) >= MOST_HEADS:
-                self.heads.clear()
-            lines = {**STREAM_HEADERS, **passed} if streams else passed
-            made = self.heads[key] = _template(status, lines, outcome)
-        return made % (outcome.request_id, outcome.wait_ms(), outcome.rate_limits, last)
 
 
 class Plans:
@@ -110,10 +85,3 @@ class Plans:
             limits=self._limits,
             may_fail_over=candidate.local or len(decision.candidates) > 1,
         )
-
-
-def _template(status: int, passed: Mapping[str, str], outcome: Outcome) -> str:
-    """The head with `%s` for what differs from call to call: id, waits, what the limits leave, framing and date."""
-    headers = {name: value.replace("%", "%%") for name, value in {**passed, **outcome.facts()}.items()}
-    headers["x-request-id"] = headers["x-vramp-wait-ms"] = "%s"
-    return head_of(status, headers, "%s") + "%s"

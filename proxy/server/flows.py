@@ -8,7 +8,6 @@ and `Exchange` do; a test sends the same calls each way and compares all that co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
 
 from ext.body_scan import Spans
 from ext.json_lines import line
@@ -50,7 +49,7 @@ def flow_of(
     pool: Pool | None,
     head: bytes,
     *,
-    until_s: float = inf,
+    until_s: float,
 ) -> Flow:
     """The flow of calls like this one. `outcome` is of a call that has begun and is not ended. Without a `pool` each is
     for an engine, and needs a lease."""
