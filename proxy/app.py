@@ -83,13 +83,13 @@ class App:
         self._guests = Guests(link.peer)
         self._stopping_unwanted: set[asyncio.Task[None]] = set()
         self._watch = Watch(_files(loaded))
+        self._devices = devices_of(self._config)
+        self._catalog = Catalog(self._config)
+        self._locals = locals_of(self._config, self._catalog, self._devices)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
         self._supervisor = Supervisor(link, self._session, Path(self._config.store.dir) / "logs")
-        self._devices = devices_of(self._config)
-        self._catalog = Catalog(self._config)
-        self._locals = locals_of(self._config, self._catalog, self._devices)
         count = worker_count(self._config.server)
         # none: this process serves
         self._workers = Workers(count, self._config, secrets) if count > 1 else None

@@ -77,7 +77,7 @@ def locals_of(config: Config, catalog: Catalog, devices: Sequence[Device]) -> li
 
 
 def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) -> Local:
-    model, backend = deployment.model, deployment.backend
+    model, backend = _read_for(deployment), deployment.backend
     device = _device_for(backend, devices)
     sleeps = byte_size(config.devices.sleep_memory) > 0
     try:
@@ -104,8 +104,15 @@ def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) ->
         sleep_host_bytes=in_host,
         wake_estimate_s=None if keeps is None else copy_s(in_host, parallel),
     )
-    kind = _kind(model, backend, device, memory, cache, devices, sleep=keeps is not None)
+    kind = _kind(deployment.model, backend, device, memory, cache, devices, sleep=keeps is not None)
     return Local(spec, Launch(kind, backend.start_timeout_s, backend.stop_timeout_s))
+
+
+def _read_for(deployment: Deployment) -> ModelConfig:
+    """The model with its path only where that is a folder for vLLM, whose files tell sizes: what another program takes
+    (a GGUF file, a name of its own) is its business, and a simulated engine reads nothing."""
+    model = deployment.model
+    return model if deployment.backend.kind == "vllm" else msgspec.structs.replace(model, path=None)
 
 
 def _load_estimate_s(model: ModelConfig, backend: BackendConfig, device: str) -> float:

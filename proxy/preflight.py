@@ -22,7 +22,9 @@ from typing import Final, NamedTuple
 import psutil
 
 from ext.backend import MODULES
-from proxy.config import BackendConfig, Config, ModelConfig
+from proxy.assembly import devices_of, locals_of
+from proxy.catalog.catalog import Catalog
+from proxy.config import BackendConfig, Config, ConfigError, ModelConfig
 from proxy.config_check import worker_count
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
@@ -57,6 +59,7 @@ class HostMemory(NamedTuple):
 def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = ()) -> list[Finding]:
     """Everything found, fatal ones first. Without `ports` for a configuration whose server may be running already;
     listeners that are `passed` to us (http, admin) hold their ports for us."""
+    folders = list(check_models(config))
     findings = [
         *(check_port("server.listen", config.server.listen) if ports and "http" not in passed else ()),
         *(check_port("server.admin_listen", config.server.admin_listen) if ports and "admin" not in passed else ()),
@@ -66,7 +69,7 @@ def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = (
         *check_memory(config, device_specs(config), host_memory()),
         *(Finding(warning, fatal=False) for warning in tls_warnings(config.server, datetime.now(UTC))),
         *check_vllm(config),
-        *check_models(config),
+        *(folders or check_engines(config)),  # a folder with a hole has been named
         *check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     ]
     return sorted(findings, key=lambda finding: not finding.fatal)
@@ -259,6 +262,14 @@ def check_models(config: Config) -> Iterator[Finding]:
     for model in config.models:
         if model.backend in vllm and model.path is not None:
             yield from check_folder(model.id, Path(model.path))
+
+
+def check_engines(config: Config) -> Iterator[Finding]:
+    """Whether the proxy can work out what each engine takes and how it is started, as it will before it serves."""
+    try:
+        locals_of(config, Catalog(config), devices_of(config))
+    except ConfigError as error:
+        yield from map(Finding, error.problems)
 
 
 def check_folder(name: str, folder: Path) -> Iterator[Finding]:

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.assembly import locals_of, settings_of
+from proxy.assembly import UNBOUNDED_KV_TOKENS, locals_of, settings_of
 from proxy.catalog.catalog import Catalog
 from proxy.config import Config, ConfigError
+from proxy.config_load import demo_path, load
 from scheduler.devices.base import Device, Reading
 from scheduler.engines.estimate import OVERHEAD_GPU
 from scheduler.model import DeviceSpec, ModelSpec
@@ -104,3 +105,27 @@ def test_a_simulated_engine_takes_as_many_requests_at_once_as_the_scheduler_send
     (local,) = locals_of(config, Catalog(config), [Gpu()])
     assert local.spec.max_sequences == 64
     assert "--max-sequences=64" in local.launch.kind.spawn_spec(1, {}).argv
+
+
+@pytest.mark.parametrize("kind", ["command", "simulated"])
+@pytest.mark.parametrize("path", ["model.gguf", "nothing-there"])
+def test_only_vllm_reads_what_is_at_the_path(tmp_path: Path, kind: str, path: str) -> None:
+    (tmp_path / "model.gguf").touch()
+    command = ["llama-server", "--port", "${PORT}", "--model", "${MODEL_PATH}"] if kind == "command" else []
+    spec = spec_of(tmp_path / path, kind=kind, memory_bytes="5GiB", kv_cache_bytes="1GiB", command=command)
+    assert (spec.memory_bytes, spec.kv_tokens) == (5 * GiB, UNBOUNDED_KV_TOKENS)
+
+
+def test_the_demo_on_simulated_engines_needs_no_models(tmp_path: Path) -> None:
+    file = tmp_path / "configs" / "demo.toml"
+    file.parent.mkdir()
+    file.write_text(demo_path().read_text())
+    config = load(file, engine="simulated")
+    assert len(locals_of(config, Catalog(config), [])) == len(config.models) == 4
+
+
+def test_a_command_is_told_its_path(tmp_path: Path) -> None:
+    model = {"id": "m", "backend": "local", "memory_bytes": "5GiB", "path": "/m", "command": ["x", "${MODEL_PATH}"]}
+    config = msgspec.convert({"backends": [{"name": "local", "kind": "command"}], "models": [model]}, Config)
+    (local,) = locals_of(config, Catalog(config), [])
+    assert local.launch.kind.spawn_spec(1, {}).argv == ("x", "/m")

@@ -307,6 +307,14 @@ def test_a_broken_config_json_is_said(folder: Path) -> None:
     ]
 
 
+def test_what_would_keep_the_proxy_from_starting_is_said_first(folder: Path) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(shape))
+    spread = model(path=str(folder), memory_bytes="1GiB", args=("--tensor-parallel-size", "0"))
+    assert says(preflight.check_engines(vllm(spread))) == ["models[a].args: --tensor-parallel-size is 0; use 1 or more"]
+    assert says(preflight.check_engines(vllm(model(path=str(folder), memory_bytes="1GiB")))) == []
+
+
 def test_a_low_limit_of_open_files_is_warned_about() -> None:
     assert list(preflight.check_descriptors(1024)) == [
         Finding(
