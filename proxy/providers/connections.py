@@ -21,6 +21,7 @@ from ext import tls_words
 from proxy.providers.base import Broken, Unreachable
 
 JOINED = 1 << 14  # a body up to this size is copied behind its head: cheaper than to send two buffers
+STALE = 16  # connections that said something unasked, in a row, before their server is none
 
 
 class Destination(msgspec.Struct, frozen=True):
@@ -78,6 +79,16 @@ class Connections:
         await self._connector.close()
 
     async def _connect(self, to: Destination) -> aiohttp.connector.Connection:
+        """A connection on which nothing was said that nobody asked for. The connector looks at that when it takes one
+        back, and not when it lends it again: the next caller would get what came since for an answer."""
+        for _ in range(STALE):
+            connection = await self._lent(to)
+            if connection.protocol is None or not connection.protocol.should_close:
+                return connection
+            connection.close()
+        raise Broken(f"backend {self._backend}: it answers before it is asked")
+
+    async def _lent(self, to: Destination) -> aiohttp.connector.Connection:
         try:
             return await self._connector.connect(to.request, [], self._timeout)
         except TimeoutError as error:
