@@ -499,12 +499,12 @@ cdef class Conn:
         if self._closed:
             return 0
         self._closed = True
+        if close_it and self._tls is not None:
+            self._part()
+        # Closing takes a descriptor out of epoll only when nobody else has the socket: a fork, or aiohttp for a turn.
+        self._watch(0)
         if close_it:
-            if self._tls is not None:
-                self._part()
             epoll_close(self._fd)
-        else:
-            self._watch(0)
         self._fd = -1
         self._tls = None  # it is large, and the wheel may hold us for a while
         free(self._out)
@@ -734,10 +734,11 @@ cdef class Listener(Conn):
                 return turn if errno == EAGAIN or errno == EINTR or errno == ECONNABORTED else -1
             client = Client.__new__(Client)
             client._remote = (<bytes>peer).decode()
-            client._open(self._relay, fd, EPOLLIN | EPOLLRDHUP)
-            if self._context is not None:
+            client._fd = fd
+            if self._context is not None:  # first: what fails here closes it
                 client._tls = Tls(self._context, None)
                 client._shaking = True
+            client._open(self._relay, fd, EPOLLIN | EPOLLRDHUP)
             client._await(self._relay._handshake if client._shaking else self._relay._keepalive)
             self._relay._accepted = True
         return most
@@ -1062,6 +1063,14 @@ cdef class Client(Conn):
             free(self._in)
         self._in = NULL
         self._in_cap = 0
+        return 0
+
+    cdef int _drop(self, bint close_it) except -1:
+        """What was read goes with the connection: the wheel may hold us for a while."""
+        Conn._drop(self, close_it)
+        self._let_go()
+        self._joined = string()
+        self._in_len = self._head = self._body = self._framed = 0
         return 0
 
     cdef int _gone(self) except -1:
@@ -1423,6 +1432,7 @@ cdef class Client(Conn):
             exchange = self._python()
             up._release()
             answer = exchange.ended(up._tail())
+            up._let_go()
             if answer is None:
                 return self._hopeless(self.started)
             return self._over(answer)
@@ -1431,6 +1441,7 @@ cdef class Client(Conn):
         exchange, headers = self._python(), up._headers()
         up._release()
         body = PyBytes_FromStringAndSize(up._body, up._body_len)
+        up._let_go()
         answer = exchange.whole(up._status, headers, body)
         if answer is None:
             return self._hand_over(exchange)
@@ -1467,6 +1478,7 @@ cdef class Client(Conn):
             )
             self._lease = None
         flow._gate._settle(ride)
+        up._let_go()  # the reason lies in it
         return self._said_all() if taken else self._gone()
 
     cdef int _over(self, bytes rest) except -1:
@@ -1755,6 +1767,8 @@ cdef class Upstream(Conn):
         if self._client is None:  # nothing was asked
             self._forget()
             return self._drop(True)
+        if self._asking:  # the request is not out, so this is an answer to nothing, and nobody's
+            return self._broken("it answered before it was asked")
         if self._framing == HEAD:
             self._read_head(scratch, size)
         else:
@@ -1819,6 +1833,7 @@ cdef class Upstream(Conn):
             if self._status >= 200:
                 break
             self._framing = HEAD
+            self._reused = False  # the request was seen: it is not sent again
         # `data` may lie in the buffer that the body is held in; only what comes next writes there, and from its start
         self._body_len = 0
         if self._mode == EVENTS:
@@ -1877,8 +1892,8 @@ cdef class Upstream(Conn):
         if size < 16 or memcmp(head, b"HTTP/1.", 7) != 0 or head[8] != 32 or not 48 <= head[7] <= 49:
             return False
         self._status = <int>_digits(head + 9, 3)
-        if self._status < 100 or (head[12] != 32 and head[12] != 13):
-            return False
+        if self._status < 100 or self._status == 101 or (head[12] != 32 and head[12] != 13):
+            return False  # 101: nobody asked for another protocol, and what follows is not HTTP
         p = <const char*>memchr(head, 10, size) + 1
         if (p - 2)[0] != 13:
             return False
@@ -1904,7 +1919,7 @@ cdef class Upstream(Conn):
                 chunked = True
                 continue
             if _named(&field, b"connection", 10):
-                self._reusable = self._reusable and not _same(field.value, field.length, b"close", 5)
+                self._reusable = self._reusable and _same(field.value, field.length, b"keep-alive", 10)
                 continue
             self._coded = self._coded or _named(&field, b"content-encoding", 16)
             if self._relay._passed.at(field.name, field.size) >= 0 or self._relay._passed_families.begins(
@@ -2052,6 +2067,14 @@ cdef class Upstream(Conn):
         if self._body_cap > MOST_ANSWER:
             self._body = _grown(self._body, &self._body_cap, 4 * TAIL)
         return 0
+
+    cdef void _let_go(self) noexcept:
+        """Hold nothing of the answer, and no buffer larger than most answers need."""
+        self._body_len = 0
+        if self._body_cap > SCRATCH:
+            free(self._body)
+            self._body = NULL
+            self._body_cap = 0
 
     cdef bytes _tail(self):
         return PyBytes_FromStringAndSize(self._body, self._body_len) if self._mode == THROUGH else b""
@@ -2300,9 +2323,6 @@ cdef class Relay:
         """Accept nothing more; what is in the listen queue stays there."""
         for conn in list(self._open_conns):
             if isinstance(conn, Listener):
-                # Closing takes a descriptor out of epoll only when nobody else has the socket, and here others do: it
-                # would go on telling us of connections for a listener that is no more.
-                (<Conn>conn)._watch(0)
                 (<Conn>conn)._drop(True)
         self._grave.clear()
 
@@ -2441,6 +2461,7 @@ cdef class Relay:
                 client._up._drop(True)
                 client._up = None
             client._drop(True)
-        conn._drop(True)
+        if not isinstance(conn, Listener):  # whom it could not accept is one, and the next one may be accepted
+            conn._drop(True)
         self._owner.bug(exchange)
         return 0

@@ -7,6 +7,7 @@ import gc
 import os
 import select
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,6 +254,20 @@ def test_connections_that_come_and_go_leave_nothing(harness: Harness) -> None:
         for _ in range(20):
             harness.send(piece)
     assert harness.relay.connections == before
+
+
+def resident_kb() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def test_what_a_closed_connection_had_said_is_let_go_of_at_once(harness: Harness) -> None:
+    """Its limit is looked at half a minute later, and a client that comes and goes has said a lot by then."""
+    head = request(*GOOD[:2], b"content-length: 262144", body=b"")
+    harness.send(head, b"x" * 200_000)
+    before = resident_kb()
+    for _ in range(200):
+        harness.send(head, b"x" * 200_000)
+    assert resident_kb() - before < 10_000
 
 
 def test_a_listener_that_stopped_hears_nothing_of_a_socket_that_others_go_on_with() -> None:

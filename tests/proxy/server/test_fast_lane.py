@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -413,6 +414,7 @@ class RawUpstream:
     def __init__(self) -> None:
         self.connections = 0
         self.requests = 0
+        self.writers: list[asyncio.StreamWriter] = []
         self.answer: Callable[[asyncio.StreamWriter], Awaitable[None]] = self.pieces(b"")
         self.gone = asyncio.Event()
 
@@ -430,6 +432,7 @@ class RawUpstream:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.append(writer)
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -502,6 +505,7 @@ async def test_a_stream_split_at_every_byte_is_one_stream(fast: Proxy, raw: RawU
         b"HTTP/2 200\r\n\r\n{}",
         b"nonsense\r\n\r\n",
         b"HTTP/1.1 20x OK\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\nx\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}xx",
         HEAD + b"transfer-encoding: chunked\r\n\r\n2\n{}\r\n",
@@ -671,3 +675,50 @@ async def test_a_backend_by_name_is_looked_up_and_then_fast(fast: Proxy, handed_
     else:
         pytest.fail("never fast")
     assert fast.remote.requests[-1][1]["host"].startswith("localhost:")
+
+
+async def test_an_answer_that_came_before_its_request_is_nobodys(fast: Proxy, raw: RawUpstream) -> None:
+    """Both are there in one turn of the relay: the request has a connection, and is not out yet."""
+    raw.answer = raw.pieces(lengthy(ANSWER))
+    reader, writer = await asyncio.open_connection(*fast.address)
+    await next_answer(reader, writer, request(call(stream=True)))
+    raw.answer = raw.pieces(chunked(chunk("asked", "stop"), DONE))
+    os.write(writer.get_extra_info("socket").fileno(), request(call(stream=True)))
+    os.write(raw.writers[0].get_extra_info("socket").fileno(), chunked(chunk("unasked"))[:-5])
+    assert normal(await next_answer(reader, writer, b""))[1] == chunk("asked", "stop") + DONE
+    assert raw.connections == 2
+    writer.close()
+
+
+@pytest.mark.parametrize("lane", [0, 1], ids=["ordinary", "fast"])
+async def test_what_comes_after_an_answer_is_nobodys(lanes: Lanes, raw: RawUpstream, lane: int) -> None:
+    """An idle connection that says something has lost count: the next answer on it would be to another request."""
+    proxy = lanes[lane]
+    proxy.scheduler.base_url = lanes[1].scheduler.base_url
+    raw.answer = raw.pieces(lengthy(ANSWER))
+    await answer_to(proxy, request(call()))
+    raw.writers[0].write(lengthy(b'{"for":"somebody else"}'))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (await answer_to(proxy, request(call()))).endswith(ANSWER)
+    assert raw.connections == 2
+    proxy.scheduler.base_url = proxy.upstream.base_url
+    await proxy.still_works()
+
+
+async def test_an_upstream_that_said_it_goes_on_and_went_is_not_asked_again(fast: Proxy, raw: RawUpstream) -> None:
+    raw.answer = raw.pieces(lengthy(ANSWER))
+    await answer_to(fast, request(call()))
+    raw.answer = raw.pieces(b"HTTP/1.1 100 Continue\r\n\r\n", close=True)
+    assert (await answer_to(fast, request(call()))).startswith(b"HTTP/1.1 502 ")
+    assert raw.requests == 2
+
+
+@pytest.mark.parametrize("options", [b"close", b"Close, x", b"x, close"])
+async def test_a_connection_that_its_upstream_will_close_is_not_used_again(
+    fast: Proxy, raw: RawUpstream, options: bytes
+) -> None:
+    raw.answer = raw.pieces(lengthy(ANSWER).replace(b"\r\n\r\n", b"\r\nConnection: " + options + b"\r\n\r\n"))
+    for _ in range(2):
+        assert (await answer_to(fast, request(call()))).endswith(ANSWER)
+    assert raw.connections == 2
