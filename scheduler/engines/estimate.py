@@ -46,7 +46,7 @@ def estimate_memory(path: str, *, kv_cache_bytes: int, cpu: bool, warm: bool = T
     """Bytes that the engine takes on its device when loaded. Raises NotAModel."""
     config = _config(path)
     step = (STEP_TOKENS_CPU if cpu else STEP_TOKENS_GPU) * _activation_bytes_per_token(config)
-    logits = 4 * max_sequences * int(config.get("vocab_size") or 0) * 4  # in float32, and the sampler's copies
+    logits = 4 * max_sequences * _number(config, "vocab_size") * 4  # in float32, and the sampler's copies
     overhead = (OVERHEAD_WARM_CPU if warm else OVERHEAD_PLAIN_CPU) if cpu else OVERHEAD_GPU
     return weight_bytes(path) + kv_cache_bytes + step + logits + overhead
 
@@ -91,8 +91,10 @@ def weight_bytes(path: str) -> int:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = _read_json(index).get("weight_map", {}).values()
-        return [folder / name for name in sorted(set(named))]
+        named = _read_json(index).get("weight_map", {})
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise NotAModel(f"{index} names no files; download it again")
+        return [folder / name for name in sorted(set(named.values()))]
     # "model*" first: some folders hold the same weights twice, under a second naming scheme
     for pattern in ("model*.safetensors", "*.safetensors", "*.bin"):
         if files := sorted(folder.glob(pattern)):
@@ -137,21 +139,28 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _kv_bytes_per_token(config: dict[str, Any]) -> int:
     layers = _first(config, ("num_hidden_layers", "n_layer"))
-    if "kv_lora_rank" in config:  # latent attention: one compressed vector for keys and values
-        return layers * (int(config["kv_lora_rank"]) + int(config.get("qk_rope_head_dim", 0))) * FLOAT_BYTES
+    if rank := _number(config, "kv_lora_rank"):  # latent attention: one compressed vector for keys and values
+        return layers * (rank + _number(config, "qk_rope_head_dim")) * FLOAT_BYTES
     heads = _first(config, ("num_attention_heads", "n_head"))
-    head_dim = int(config.get("head_dim") or _first(config, ("hidden_size", "n_embd")) // heads)
-    return 2 * layers * int(config.get("num_key_value_heads") or heads) * head_dim * FLOAT_BYTES
+    head_dim = _number(config, "head_dim") or _first(config, ("hidden_size", "n_embd")) // heads
+    return 2 * layers * (_number(config, "num_key_value_heads") or heads) * head_dim * FLOAT_BYTES
 
 
 def _activation_bytes_per_token(config: dict[str, Any]) -> int:
     """A few hidden states and the two halves and the product of a gated MLP are alive at once."""
     hidden = _first(config, ("hidden_size", "n_embd"))
-    return (8 * hidden + 3 * int(config.get("intermediate_size") or 4 * hidden)) * FLOAT_BYTES
+    return (8 * hidden + 3 * (_number(config, "intermediate_size") or 4 * hidden)) * FLOAT_BYTES
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
     for name in names:
-        if isinstance(config.get(name), int) and config[name] > 0:
-            return int(config[name])
+        if (number := _number(config, name)) > 0:
+            return number
     raise NotAModel(f"config.json states no {' or '.join(names)}")
+
+
+def _number(config: dict[str, Any], name: str) -> int:
+    """A size in config.json; of a list, which some models have with an entry for each layer, the largest. 0 where none
+    is stated, or null, as models without latent attention say it."""
+    value = config.get(name)
+    return max((each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)), default=0)

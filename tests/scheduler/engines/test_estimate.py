@@ -75,6 +75,8 @@ def test_a_cache_holds_the_tokens_that_vllm_s_log_says(tmp_path: Path) -> None:
         ({**TINY, "num_key_value_heads": None}, 2 * TINY_TOKEN),
         ({"text_config": TINY, "vision_config": {}}, TINY_TOKEN),
         ({**TINY, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 6 * 576 * 2),
+        ({**TINY, "kv_lora_rank": None, "qk_rope_head_dim": None}, TINY_TOKEN),
+        ({**TINY, "num_key_value_heads": [1, 2]}, TINY_TOKEN),
     ],
 )
 def test_a_token_s_share_of_the_cache(tmp_path: Path, config: dict[str, Any], bytes_per_token: int) -> None:
@@ -100,6 +102,20 @@ def test_the_estimate_lies_above_what_was_measured_but_not_far(tmp_path: Path) -
     for warm, measured in ((True, 381 * MIB), (False, 949 * MIB)):
         estimated = estimate_memory(path, kv_cache_bytes=64 * MIB, cpu=True, warm=warm)
         assert measured <= estimated <= 1.2 * measured
+
+
+def test_a_model_whose_layers_differ_is_as_wide_as_its_widest(tmp_path: Path) -> None:
+    sizes = [TINY["intermediate_size"], 2, TINY["intermediate_size"]]
+    alike, differ = folder(tmp_path), {**TINY, "intermediate_size": sizes}
+    whole = estimate_memory(alike, kv_cache_bytes=0, cpu=True)
+    assert estimate_memory(folder(tmp_path, differ), kv_cache_bytes=0, cpu=True) == whole
+
+
+@pytest.mark.parametrize("files", [["model.safetensors"], {"a": 1}])
+def test_an_index_that_names_no_files_is_told(tmp_path: Path, files: object) -> None:
+    index = json.dumps({"weight_map": files}).encode()
+    with pytest.raises(NotAModel, match="names no files"):
+        weight_bytes(folder(tmp_path, model__safetensors__index__json=index))
 
 
 def test_what_grows_the_engine_grows_the_estimate(tmp_path: Path) -> None:
