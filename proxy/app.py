@@ -335,6 +335,11 @@ class App:
                 log.error("not reloaded: %s", problem)
             self._link.reloaded("a changed configuration was refused, its errors are in the log")
             return
+        except Exception:
+            # a hole in our checks: to die of it would be to start again and again with this file, and serve nobody
+            log.exception("not reloaded: an error of vramp itself while it read the configuration")
+            self._link.reloaded("a changed configuration could not be read, why is in the log")
+            return
         for line in diff(self._config, loaded.config):
             log.info("reload: %s", line)
         self._config, self._secrets, self._catalog, self._locals = loaded.config, secrets, catalog, found
