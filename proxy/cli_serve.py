@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NoReturn
 
 import click
@@ -21,6 +23,7 @@ from scheduler.engines.reaper import reap
 
 # more than any of our limits lets us open; above it, programs that close every possible descriptor get slow
 DESCRIPTORS: Final = 65_536
+DEFAULT_ADMIN: Final = "127.0.0.1:8081"
 # the proxy ends its requests by itself after drain_s; the keeper steps in only when it does not
 DRAIN_GRACE_S: Final = 10.0
 
@@ -78,8 +81,22 @@ def banner(config: Config, urls: Sequence[str]) -> str:
     url, admin_url = urls
     tries = [_curl(config, url, model) for model in _samples(config.models)]
     lines = [f"vramp is ready: {url}/v1", "", *([] if not tries else ["Try it:", *tries, ""])]
-    lines += [f"Status: vramp status --watch    Metrics: {admin_url}/metrics", "Stop:   Ctrl-C"]
+    lines += [f"Status: {_status(admin_url)}    Metrics: {admin_url}/metrics", "Stop:   Ctrl-C"]
     return "\n".join(lines)
+
+
+def _status(admin_url: str) -> str:
+    """The command that shows this server, as it can be typed: `vramp` is in no PATH after `make run`."""
+    beside = Path(sys.executable).with_name("vramp")
+    found = shutil.which("vramp") is not None or not beside.exists()
+    address = admin_url.partition("//")[2]
+    option = "" if address == DEFAULT_ADMIN else f" --admin {shlex.quote(address)}"
+    return f"{'vramp' if found else shlex.quote(_short(beside))} status --watch{option}"
+
+
+def _short(path: Path) -> str:
+    """The path from here, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def raise_descriptor_limit() -> None:
@@ -128,4 +145,5 @@ def _curl(config: Config, url: str, model: ModelConfig) -> str:
         path, body = "chat/completions", {"model": model.id, "messages": [{"role": "user", "content": prompt}]}
     key = ' -H "Authorization: Bearer $VRAMP_KEY"' if config.server.api_keys else ""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {data}"
+    at = shlex.quote(f"{url}/v1/{path}")  # an IPv6 address has brackets, which mean files to some shells
+    return f"  curl {at}{key} -H 'Content-Type: application/json' -d {data}"

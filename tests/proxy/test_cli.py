@@ -512,6 +512,31 @@ def test_the_banner_says_where_and_what_to_try(config: Path) -> None:
     assert "http://127.0.0.1:2/metrics" in banner
 
 
+@pytest.mark.parametrize(
+    ("here", "admin", "line"),
+    [
+        (True, "127.0.0.1:8081", "vramp status --watch"),
+        (True, "[::1]:9", "vramp status --watch --admin '[::1]:9'"),
+        (False, "127.0.0.1:8081", ".venv/bin/vramp status --watch"),
+    ],
+)
+def test_the_banner_s_status_line_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool, admin: str, line: str
+) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "vramp").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setattr("shutil.which", lambda _name: "/usr/bin/vramp" if here else None)
+    banner = cli_serve.banner(load_text("", "x"), ("http://h", f"http://{admin}"))
+    assert f"Status: {line}    Metrics: http://{admin}/metrics" in banner
+
+
+def test_an_address_in_brackets_is_no_pattern_to_a_shell(config: Path) -> None:
+    banner = cli_serve.banner(load_text(config.read_text(), "x"), ("http://[::1]:1", "http://[::1]:2"))
+    assert "curl 'http://[::1]:1/v1/chat/completions' -H" in banner
+
+
 def test_the_lines_to_try_survive_a_shell(config: Path) -> None:
     (curl, *_rest) = [
         line for line in cli_serve.banner(load_text(config.read_text(), "x"), ("http://h", "http://a")).splitlines()
