@@ -530,14 +530,19 @@ class StoreConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ] = ".state"
     usage: Annotated[
         str,
-        Key('A JSON line for each call of a known caller: a file, in `dir` unless its path is absolute, or "off".'),
+        Key(
+            'A JSON line for each call of a known caller: a file, in `dir` unless its path is absolute, or "off".',
+            form="path",
+        ),
     ] = "usage.jsonl"
 
 
 class ObserveConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Logs and metrics."""
 
-    access_log: Annotated[str, Key('A JSON line per request: "stdout", "off", or the path of a file.')] = "stdout"
+    access_log: Annotated[str, Key('A JSON line per request: "stdout", "off", or the path of a file.', form="path")] = (
+        "stdout"
+    )
     log_level: Annotated[
         str, Key("The least important messages that are shown.", choices=("debug", "info", "warning", "error"))
     ] = "info"

@@ -44,6 +44,25 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def clash(one: str, other: str) -> bool:
+    """Whether one port cannot be listened on at both: the same address, or one that stands for the other."""
+    return any(_covers(a, b) or _covers(b, a) for a in _addresses(one) for b in _addresses(other))
+
+
+def _addresses(host: str) -> tuple[str, ...]:
+    return ("127.0.0.1", "::1") if host == "localhost" else (host,)
+
+
+def _covers(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:
+        address = ipaddress.ip_address(one)
+        return address.is_unspecified and ipaddress.ip_address(other).version == address.version
+    except ValueError:
+        return False  # a name, of which only the system knows what it stands for
+
+
 def open_problems(server: ServerConfig, http: Iterable[str], admin: Iterable[str]) -> Iterator[Problem]:
     """What is open to others and asks nobody for a key. The addresses are those that are listened on, or will be: a
     running server goes on with the ones it began with, and systemd may have opened others than the file says."""
@@ -59,8 +78,10 @@ def _server(config: Config) -> Iterator[Problem]:
     server = config.server
     yield from open_problems(server, [server.listen], [server.admin_listen])
     yield from tls_problems(server)
-    if server.listen == server.admin_listen and parse_listen(server.listen)[1] != 0:
-        yield Problem("server.admin_listen", f"is {show(server.admin_listen)}, as server.listen is; use another port")
+    (host, port), (admin_host, admin_port) = parse_listen(server.listen), parse_listen(server.admin_listen)
+    if port == admin_port != 0 and clash(host, admin_host):
+        says = f"is {show(server.admin_listen)}, and server.listen has that port ({server.listen}); use another port"
+        yield Problem("server.admin_listen", says)
 
 
 def _classes(config: Config) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ import msgspec
 
 from proxy.config import LOCAL_KINDS, Config, ConfigError
 from proxy.config_check import meaning_problems
-from proxy.config_shape import Problem, shape_problems
+from proxy.config_shape import Problem, at_home, shape_problems
 
 DEMO: Final = "configs/demo.toml"
 NO_DEMO: Final = "that was the demo; `make models` makes what it needs, --model PATH or --config FILE serve your own"
@@ -109,7 +109,7 @@ def demo_path() -> Path:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"]) from None
     except OSError as error:
@@ -219,7 +219,7 @@ def _resolved(config: Config, data: Mapping[str, Any], base_dir: Path) -> Config
 
 def _absolute(path: str, base_dir: Path) -> str:
     # normpath and not resolve(): a virtual environment's python is a link that must stay one
-    return os.path.normpath(base_dir / Path(path).expanduser())
+    return os.path.normpath(base_dir / at_home(path))
 
 
 def _serving(model_paths: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from proxy.config import Config, ConfigError, Secret
-from proxy.config_shape import REMEDY, inside, nearest
+from proxy.config_shape import REMEDY, at_home, inside, nearest
 
 
 class NamedKey(msgspec.Struct, frozen=True):
@@ -120,7 +120,7 @@ class _Reader:
         file = _path(self.base_dir, name)
         try:
             mode = file.stat().st_mode
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             self._problem(path, f"is file:{name}, and {file} cannot be read ({why}); create it, or name another")
@@ -137,7 +137,7 @@ class _Reader:
 
 
 def _path(base_dir: Path, name: str) -> Path:
-    return base_dir / Path(name).expanduser()
+    return base_dir / at_home(name)
 
 
 def _lines(file: Path, lines: list[str]) -> Iterator[NamedKey]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
 
@@ -36,7 +37,7 @@ def shape_problems(data: Mapping[str, Any]) -> list[Problem]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The remedy for a name that does not exist: the name that was probably meant, or those there are."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     if close:
         return f"did you mean {close[0]}?"
     return f"use one of {', '.join(names)}" if names else "there is none yet"
@@ -48,6 +49,14 @@ def show(value: object) -> str:
     if not text.isprintable():
         text = json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def at_home(path: str) -> Path:
+    """A path with its `~` or `~NAME` written out. A name that no user has stays, and no such file will be found."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def parse_listen(address: str) -> tuple[str, int]:

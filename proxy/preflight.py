@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -25,7 +26,7 @@ from ext.backend import MODULES
 from proxy.assembly import devices_of, locals_of
 from proxy.catalog.catalog import Catalog
 from proxy.config import BackendConfig, Config, ConfigError, ModelConfig
-from proxy.config_check import worker_count
+from proxy.config_check import clash, worker_count
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
 from proxy.tls import tls_warnings
@@ -69,6 +70,8 @@ def preflight(config: Config, *, ports: bool = True, passed: Collection[str] = (
         *check_memory(config, device_specs(config), host_memory()),
         *(Finding(warning, fatal=False) for warning in tls_warnings(config.server, datetime.now(UTC))),
         *check_vllm(config),
+        *check_backends(config),
+        *check_commands(config),
         *(folders or check_engines(config)),  # a folder with a hole has been named
         *check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     ]
@@ -256,8 +259,30 @@ def _site_packages(python: Path) -> list[Path]:
     return [*python.absolute().parent.parent.glob("lib*/python3*/*-packages")]
 
 
+def check_backends(config: Config) -> Iterator[Finding]:
+    """Whether a remote account is this server itself, whose calls would go round until connections run out."""
+    host, port = parse_listen(config.server.listen)
+    for backend in config.backends:
+        url = urlsplit(backend.base_url or "")
+        if url.hostname and (url.port or {"http": 80, "https": 443}[url.scheme]) == port and clash(url.hostname, host):
+            says = f"is {backend.base_url}, where this server itself listens; name the other server, or change"
+            yield Finding(f"backends[{backend.name}].base_url {says} server.listen")
+
+
+def check_commands(config: Config) -> Iterator[Finding]:
+    """Whether the programs of command engines are there. One may be installed later, and the others serve without."""
+    backends = {backend.name: backend for backend in config.backends}
+    for model in config.models:
+        path = {**os.environ, **backends[model.backend].env, **model.env}.get("PATH")
+        if model.command and "${" not in model.command[0] and shutil.which(model.command[0], path=path) is None:
+            says = f'models[{model.id}].command starts "{model.command[0]}", which is no program that can be run'
+            yield Finding(f"{says}; install it, or write its whole path", fatal=False)
+
+
 def check_models(config: Config) -> Iterator[Finding]:
-    """Whether each folder that a vLLM backend loads is complete."""
+    """Whether there is a model, and each folder that a vLLM backend loads is complete."""
+    if not config.models:
+        yield Finding("there is no model, and every call will be refused; add [[models]]", fatal=False)
     vllm = {backend.name for backend in config.backends if backend.kind == "vllm"}
     for model in config.models:
         if model.backend in vllm and model.path is not None:

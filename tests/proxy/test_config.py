@@ -131,7 +131,15 @@ def test_a_key_that_the_structs_do_not_allow_is_refused_with_its_remedy(text: st
          'server.admin_listen is "[::]:8081", open to others, and server.admin_keys is empty; '
          'set server.admin_keys, e.g. ["file:keys.txt"], or listen on 127.0.0.1'),
         ("[server]\nadmin_listen = '127.0.0.1:8080'",
-         'server.admin_listen is "127.0.0.1:8080", as server.listen is; use another port'),
+         'server.admin_listen is "127.0.0.1:8080", and server.listen has that port (127.0.0.1:8080); use another port'),
+        ("[server]\nadmin_listen = 'localhost:8080'",
+         'server.admin_listen is "localhost:8080", and server.listen has that port (127.0.0.1:8080); use another port'),
+        ("[server]\nadmin_keys = ['env:K']\nadmin_listen = '0.0.0.0:8080'",
+         'server.admin_listen is "0.0.0.0:8080", and server.listen has that port (127.0.0.1:8080); use another port'),
+        ("[store]\nusage = ''", 'store.usage is ""; name a path'),
+        ("[observe]\naccess_log = ''", 'observe.access_log is ""; name a path'),
+        ("[[backends]]\nname = 'x'\nkind = 'ollama'",
+         'backends[x].kind is "ollama"; use one of command, openai, simulated, vllm'),
         ("[server]\nworkers = 4\n[[backends]]\nname='r'\nkind='openai'\nbase_url='http://r/v1'\nmax_connections=3",
          "backends[r].max_connections is 3 for 4 workers; use at least one for each"),
         ("[classes.fats]\ndeadline_ms = 5", "classes.fats is not a latency class; did you mean fast?"),
@@ -419,3 +427,17 @@ def test_a_file_and_folders_exclude_each_other() -> None:
     with pytest.raises(ConfigError) as caught:
         load_start(Start(config="x.toml", models=("m",)))
     assert caught.value.problems == ["--model: x.toml says what is served; add the model there as a [[models]] entry"]
+
+
+@pytest.mark.parametrize("admin", ["[::1]:8080", "127.0.0.2:8080", "127.0.0.1:8081", "machine:8080", "[::]:8080"])
+def test_two_listeners_may_share_a_port_at_different_addresses(admin: str) -> None:
+    load_text(f"[server]\nadmin_listen = '{admin}'\nadmin_keys = ['env:K']", "x.toml")
+
+
+def test_a_mark_that_an_editor_puts_in_front_is_no_part_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(CHAT, encoding="utf-8-sig")
+    assert load(tmp_path / "x.toml").models[0].id == "demo-chat"
+
+
+def test_the_home_of_nobody_is_a_path_that_is_not_there() -> None:
+    assert "~no-such-user/state" in load_text("[store]\ndir = '~no-such-user/state'", "x.toml").store.dir

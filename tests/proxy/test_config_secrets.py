@@ -57,6 +57,18 @@ def test_a_file_holds_several_keys_names_and_comments(tmp_path: Path) -> None:
     assert resolved.warnings == ()
 
 
+def test_a_mark_that_an_editor_puts_in_front_is_no_part_of_a_key(tmp_path: Path) -> None:
+    private(tmp_path / "keys.txt", "\ufeffsk-1\n")
+    assert secrets_of(config("file:keys.txt"), tmp_path).api_keys[0].secret.reveal() == "sk-1"
+
+
+def test_a_file_in_the_home_of_nobody_cannot_be_read(tmp_path: Path) -> None:
+    assert problems_of(config("file:~no-such-user/keys"), tmp_path) == [
+        f"x.toml: server.api_keys[0] is file:~no-such-user/keys, and {tmp_path}/~no-such-user/keys cannot be read "
+        "(No such file or directory); create it, or name another"
+    ]
+
+
 def test_a_backend_has_one_key(tmp_path: Path) -> None:
     private(tmp_path / "key", "sk-up\n")
     assert secrets_of(config(backend_key="file:key"), tmp_path).backend_keys["r"].reveal() == "sk-up"

@@ -315,6 +315,53 @@ def test_what_would_keep_the_proxy_from_starting_is_said_first(folder: Path) -> 
     assert says(preflight.check_engines(vllm(model(path=str(folder), memory_bytes="1GiB")))) == []
 
 
+def test_a_server_without_models_is_warned_about() -> None:
+    assert list(preflight.check_models(Config())) == [
+        Finding("there is no model, and every call will be refused; add [[models]]", fatal=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("url", "circle"),
+    [
+        ("http://127.0.0.1:8080/v1", True),
+        ("http://localhost:8080/v1", True),
+        ("http://127.0.0.1:8000/v1", False),
+        ("https://llm.example.com/v1", False),
+    ],
+)
+def test_a_remote_account_that_is_this_server_is_refused(url: str, circle: bool) -> None:
+    config = Config(backends=(BackendConfig(name="r", kind="openai", base_url=url),))
+    assert (
+        says(preflight.check_backends(config))
+        == [
+            f"backends[r].base_url is {url}, where this server itself listens; name the other server, or change "
+            "server.listen"
+        ]
+        * circle
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "env", "found"),
+    [
+        ("sh", {}, True),
+        ("no-such-program", {}, False),
+        ("sh", {"PATH": "/nonexistent"}, False),
+        ("${MODEL_PATH}", {}, True),
+    ],
+)
+def test_a_program_that_is_not_there_is_warned_about(program: str, env: dict[str, str], found: bool) -> None:
+    backend = BackendConfig(name="v", kind="command", env=env)
+    config = Config(backends=(backend,), models=(model(command=(program, "${PORT}")),))
+    expected = Finding(
+        f'models[a].command starts "{program}", which is no program that can be run; '
+        "install it, or write its whole path",
+        fatal=False,
+    )
+    assert list(preflight.check_commands(config)) == [expected] * (not found)
+
+
 def test_a_low_limit_of_open_files_is_warned_about() -> None:
     assert list(preflight.check_descriptors(1024)) == [
         Finding(
@@ -331,4 +378,4 @@ def test_the_fatal_findings_come_first(taken: int, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("resource.getrlimit", lambda _which: (1024, 1024))
     server = ServerConfig(listen="127.0.0.1:0", admin_listen=f"127.0.0.1:{taken}")
     config = Config(server=server, store=StoreConfig(dir=str(tmp_path)), devices=DevicesConfig(nvidia=False))
-    assert [finding.fatal for finding in preflight.preflight(config)] == [True, False]
+    assert [finding.fatal for finding in preflight.preflight(config)] == [True, False, False]
