@@ -29,12 +29,11 @@ Its twin is the ordinary lane of the proxy's server. The protocol with Python is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
+from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
-from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memchr, memcmp, memcpy, memmove
+from libc.string cimport memchr, memcmp, memcpy, memmove, strlen
 from libc.time cimport time, time_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -70,13 +69,24 @@ cdef extern from *:
     }
     static void vr_no_delay(int fd) { int one = 1; setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); }
 
-    /* Accept one connection; `text` gets the peer's address, or nothing where it has none. */
+    /* inet_ntop for IPv4. That is a printf, whose code nobody else keeps in the cache. */
+    static void vr_dotted(const struct in_addr *address, char *text) {
+        const unsigned char *byte = (const unsigned char *)address;
+        for (int i = 0; i < 4; i++) {
+            if (i) *text++ = '.';
+            if (byte[i] > 99) *text++ = '0' + byte[i] / 100;
+            if (byte[i] > 9) *text++ = '0' + byte[i] / 10 % 10;
+            *text++ = '0' + byte[i] % 10;
+        }
+        *text = 0;
+    }
+    /* Accept one connection; `text`, of `size`, gets the peer's address, or nothing where it has none. */
     static int vr_accept(int listener, char *text, int size) {
         struct sockaddr_storage a; socklen_t n = sizeof a;
         int fd = accept4(listener, (struct sockaddr *)&a, &n, SOCK_NONBLOCK | SOCK_CLOEXEC);
         text[0] = 0;
         if (fd < 0) return fd;
-        if (a.ss_family == AF_INET) inet_ntop(AF_INET, &((struct sockaddr_in *)&a)->sin_addr, text, size);
+        if (a.ss_family == AF_INET) vr_dotted(&((struct sockaddr_in *)&a)->sin_addr, text);
         if (a.ss_family == AF_INET6) inet_ntop(AF_INET6, &((struct sockaddr_in6 *)&a)->sin6_addr, text, size);
         return fd;
     }
@@ -179,6 +189,7 @@ cdef enum:
 cdef enum:
     BATCH = 256
     ACCEPTS = 64  # at once, then the others get a turn
+    ADDRESS = 64  # INET6_ADDRSTRLEN, and a zone
     SCRATCH = 1 << 17
     MOST_HEAD = 16 << 10
     MOST_HEADERS = 64
@@ -725,7 +736,7 @@ cdef class Listener(Conn):
         return self._accept(most)
 
     cdef int _accept(self, int most) except -2:
-        cdef char peer[64]
+        cdef char peer[ADDRESS]
         cdef int turn, fd
         cdef Client client
         for turn in range(most):
@@ -733,7 +744,7 @@ cdef class Listener(Conn):
             if fd < 0:
                 return turn if errno == EAGAIN or errno == EINTR or errno == ECONNABORTED else -1
             client = Client.__new__(Client)
-            client._remote = (<bytes>peer).decode()
+            memcpy(client._remote, peer, sizeof(peer))
             client._fd = fd
             if self._context is not None:  # first: what fails here closes it
                 client._tls = Tls(self._context, None)
@@ -744,7 +755,8 @@ cdef class Listener(Conn):
         return most
 
     cdef int _ready(self, unsigned events) except -1:
-        if self._accept(ACCEPTS) < 0:
+        # One at the first look, as most come alone and to hear that there is no other costs as much as to take it.
+        if self._accept(ACCEPTS if self._relay._accepted else 1) < 0:
             # No descriptors are left: the clients wait in the listen queue, and we look again in a while.
             self._watch(0)
             self._limit_at(self._relay._now + SECOND)
@@ -787,7 +799,7 @@ cdef class Client(Conn):
     cdef int _why
     cdef long long _total, _first_ns
     cdef Limits _limits
-    cdef str _remote
+    cdef char _remote[ADDRESS]  # the client's address; ends with a zero
 
     def __dealloc__(self):
         free(self._in)
@@ -818,7 +830,7 @@ cdef class Client(Conn):
     @property
     def remote(self):
         """The client's address, or an empty text."""
-        return self._remote
+        return (<bytes>self._remote).decode()
 
     @property
     def body_size(self):
@@ -1267,14 +1279,11 @@ cdef class Client(Conn):
 
     cdef bint _rides(self, Flow flow) except -1:
         """Go by the flow, if there is room for this request now."""
-        cdef const char* remote = NULL
-        cdef Py_ssize_t size = 0
         self._ride.began_s = self._relay._now / 1e9
         self._ride.bytes_in = self._body
         if not flow._gate._admit(&self._ride, &self._rates):
             return False
-        remote = PyUnicode_AsUTF8AndSize(self._remote, &size)
-        self._ride.remote, self._ride.remote_size = remote, size
+        self._ride.remote, self._ride.remote_size = self._remote, strlen(self._remote)
         if flow._pool is None:
             self._lease = self._relay._owner.lease(self, flow.origin)
             if self._lease is None:
@@ -1572,7 +1581,7 @@ cdef class Client(Conn):
         data = PyBytes_FromStringAndSize(self._in, self._in_len)
         self._exchange = self._scanner = self._pool = None
         self._drop(False)
-        self._relay._owner.hand_over(fd, data, exchange, self._remote, whole)
+        self._relay._owner.hand_over(fd, data, exchange, self.remote, whole)
         return 0
 
     cdef int _bridged(self) except -1:
@@ -1655,7 +1664,10 @@ cdef class Upstream(Conn):
         self._body_len = 0
         self._refused = False
         self._asking = True
-        return self._say()
+        if not self._said:
+            self._said = True
+            self._relay._asked.append(self)
+        return 0
 
     cdef int _flush(self) except -2:
         if self._connecting:
@@ -1673,15 +1685,18 @@ cdef class Upstream(Conn):
         cdef size_t at = 0
         cdef char* body = <char*>client._text_of_body()
         cdef Edit edit
-        cdef char line[64]
+        cdef string* line = &self._relay._text
         cdef size_t length = client._body
         for edit in client._edits:
             length += edit.size - (edit.end - edit.start)
         part.iov_base = PyBytes_AS_STRING(client._request_head)
         part.iov_len = PyBytes_GET_SIZE(client._request_head)
         parts.push_back(part)
-        part.iov_base = line
-        part.iov_len = snprintf(line, sizeof(line), b"content-length: %zu\r\n\r\n", length)
+        line.assign(b"content-length: ")
+        put_whole(line, length)
+        line.append(b"\r\n\r\n")
+        part.iov_base = <void*>line.data()
+        part.iov_len = line.size()
         parts.push_back(part)
         for edit in client._edits:
             part.iov_base = body + at
@@ -2193,7 +2208,8 @@ cdef class Relay:
     cdef Names _paths, _kept, _foreign, _passed, _passed_families
     cdef long long _now, _keepalive, _stall, _handshake, _ticked
     cdef set _open_conns
-    cdef list _grave, _slots, _unsent
+    cdef list _grave, _slots
+    cdef list _asked, _unsent  # who has something to send when the turn ends: requests, which go first, and the rest
     cdef char* _scratch
     cdef string _text  # for one function's use at a time
     cdef string _date  # the last line of every head, and the empty one, of this second
@@ -2226,7 +2242,7 @@ cdef class Relay:
         self._handshake = <long long>(handshake_s * SECOND)
         self._open_conns = set()
         self._grave = []
-        self._unsent = []
+        self._asked, self._unsent = [], []
         self._slots = [[] for _ in range(SLOTS)]
         self._kinds = {}
         self._now = vr_now()
@@ -2307,8 +2323,9 @@ cdef class Relay:
         """Go on with a connection that was handed over, from the start of a request, of which this was read. The
         descriptor, not blocking, is ours from now on."""
         cdef Client client = Client.__new__(Client)
+        cdef bytes address = remote.encode()
         self._now = vr_now()
-        client._remote = remote
+        memcpy(client._remote, PyBytes_AS_STRING(address), min(PyBytes_GET_SIZE(address), ADDRESS - 1))
         client._open(self, fd, EPOLLIN | EPOLLRDHUP)
         try:
             client._reserve_in(PyBytes_GET_SIZE(data))
@@ -2352,12 +2369,16 @@ cdef class Relay:
         return 0
 
     cdef int _end_turn(self) except -1:
-        """Send what was said in this turn, and what that leads to."""
-        cdef Py_ssize_t at = 0
+        """Send what was said in this turn, and what that leads to. Requests go first: upstreams work on them meanwhile."""
+        cdef Py_ssize_t asked = 0, at = 0
         cdef Conn conn
-        while at < len(self._unsent):
-            conn = <Conn>self._unsent[at]
-            at += 1
+        while asked < len(self._asked) or at < len(self._unsent):
+            if asked < len(self._asked):
+                conn = <Conn>self._asked[asked]
+                asked += 1
+            else:
+                conn = <Conn>self._unsent[at]
+                at += 1
             conn._said = False
             if conn._closed:
                 continue
@@ -2365,6 +2386,8 @@ cdef class Relay:
                 conn._flushed(conn._flush())
             except Exception:
                 self._bug(conn)
+        if asked:
+            self._asked.clear()
         if at:
             self._unsent.clear()
         if self._grave:

@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, str], bytes]] = []
         self.handed_over: list[bytes] = []
+        self.remotes: list[str] = []
 
     def decide(self, client: Client) -> None:
         self.seen.append((client.path, client.headers, client.body))
@@ -39,6 +40,7 @@ class Recorder:
         assert exchange is None
         os.close(fd)
         self.handed_over.append(data)
+        self.remotes.append(remote)
 
     def bug(self, exchange: Any) -> None:
         raise AssertionError("a bug")
@@ -268,6 +270,25 @@ def test_what_a_closed_connection_had_said_is_let_go_of_at_once(harness: Harness
     for _ in range(200):
         harness.send(head, b"x" * 200_000)
     assert resident_kb() - before < 10_000
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.10.200.9", "127.255.99.100"])
+def test_a_client_has_the_address_that_it_comes_from(harness: Harness, address: str) -> None:
+    with socket.create_connection(harness.address, source_address=(address, 0)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert harness.pump()
+    assert harness.owner.remotes[-1] == address
+
+
+def test_clients_that_come_together_are_taken_in_one_turn(harness: Harness) -> None:
+    before = harness.relay.connections
+    clients = [socket.create_connection(harness.address) for _ in range(20)]
+    assert harness.pump()
+    assert harness.relay.connections == before + 20
+    for each in clients:
+        each.close()
+    while harness.relay.connections > before:
+        assert harness.pump()
 
 
 def test_a_listener_that_stopped_hears_nothing_of_a_socket_that_others_go_on_with() -> None:
