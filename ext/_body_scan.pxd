@@ -16,10 +16,11 @@ cdef bint scan_into(
     const unsigned char* body, Py_ssize_t size, int max_depth, string* short_form, Places* places
 ) noexcept
 cdef struct Answered:
-    # What a plain answer says of itself. Counts are -1, and the reason NULL, where it does not say.
+    # What an answer says of itself. Counts are -1, and the reason NULL, where it does not say.
     long long prompt, cached, output
     const char* reason
     Py_ssize_t reason_size
 
 cdef bint read_answer_into(const unsigned char* body, Py_ssize_t size, Answered* answered) noexcept
+cdef bint read_usage_into(const unsigned char* usage, Py_ssize_t size, Answered* answered) noexcept
 cdef dict spans_of(const Places* places)

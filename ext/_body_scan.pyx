@@ -498,8 +498,23 @@ cdef inline long long _said_first(long long one, long long two) noexcept nogil:
 
 cdef bint read_answer_into(Text p, Py_ssize_t size, Answered* answered) noexcept:
     """What a plain answer says of itself; False where it is not ordinary JSON."""
-    cdef Text end = p + size
     cdef Said said
+    answered.prompt = answered.cached = answered.output = -1
+    if not _whole_said(p, size, ANSWER, &said, answered):
+        return False
+    answered.reason = <const char*>said.reason
+    answered.reason_size = 0 if said.reason == NULL else said.reason_size
+    return True
+
+
+cdef bint read_usage_into(Text p, Py_ssize_t size, Answered* answered) noexcept:
+    """Take the counts that an event's usage tells; the others stay as they are. False where it is not ordinary JSON."""
+    cdef Said said
+    return _whole_said(p, size, USAGE, &said, answered)
+
+
+cdef bint _whole_said(Text p, Py_ssize_t size, Part part, Said* said, Answered* answered) noexcept:
+    cdef Text end = p + size
     cdef int i
     for i in range(COUNTS):
         said.count[i] = -1
@@ -507,14 +522,12 @@ cdef bint read_answer_into(Text p, Py_ssize_t size, Answered* answered) noexcept
     p = _blanks(p, end)
     if p == end:
         return False
-    p = _object_said(p, end, ANSWER, &said)
+    p = _object_said(p, end, part, said)
     if p == NULL or _blanks(p, end) != end:
         return False
-    answered.prompt = _said_first(said.count[PROMPT], said.count[INPUT])
-    answered.cached = _said_first(said.count[CACHED], said.count[CACHE_READ])
-    answered.output = _said_first(said.count[COMPLETION], said.count[OUTPUT])
-    answered.reason = <const char*>said.reason
-    answered.reason_size = 0 if said.reason == NULL else said.reason_size
+    answered.prompt = _said_first(_said_first(said.count[PROMPT], said.count[INPUT]), answered.prompt)
+    answered.cached = _said_first(_said_first(said.count[CACHED], said.count[CACHE_READ]), answered.cached)
+    answered.output = _said_first(_said_first(said.count[COMPLETION], said.count[OUTPUT]), answered.output)
     return True
 
 

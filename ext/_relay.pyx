@@ -29,7 +29,7 @@ Its twin is the ordinary lane of the proxy's server. The protocol with Python is
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc, realloc
@@ -38,7 +38,7 @@ from libc.time cimport time, time_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from ext._body_scan cimport Answered, Places, read_answer_into, scan_into, spans_of
+from ext._body_scan cimport Answered, Places, read_answer_into, read_usage_into, scan_into, spans_of
 from ext._gate cimport GIVEN, Gate, Ride, digest
 from ext._json_lines cimport put_whole
 from ext._sse cimport EventScanner
@@ -163,6 +163,7 @@ cdef extern from *:
     bint vr_token(unsigned char c) noexcept nogil
     bint vr_text(unsigned char c) noexcept nogil
     const char* vr_value_end(const char* p, const char* end) noexcept nogil
+    const unsigned char* vr_plain(const unsigned char* p, const unsigned char* end) noexcept nogil
     const unsigned char* vr_visible(const unsigned char* p, const unsigned char* end) noexcept nogil
     int epoll_create1(int flags) nogil
     int epoll_wait(int ep, epoll_event* events, int most, int timeout_ms) nogil
@@ -214,6 +215,7 @@ cdef long long TICK = 50000000
 cdef long long PARTIAL = 1000000000  # for a request to become whole before the other lane waits for it
 cdef long long NEVER = 1 << 62
 
+cdef bytes LAST_CHUNK = b"0\r\n\r\n"
 cdef bytes CRLF2 = b"\r\n\r\n"
 
 cdef enum Mode:
@@ -720,6 +722,12 @@ cdef char* _grown(char* buffer, size_t* cap, size_t size) except NULL:
         raise MemoryError
     cap[0] = room
     return made
+
+
+cdef bint _usage_told(bytes usage, Answered* said) noexcept:
+    return usage is None or read_usage_into(
+        <const unsigned char*>PyBytes_AS_STRING(usage), PyBytes_GET_SIZE(usage), said
+    )
 
 
 cdef class Listener(Conn):
@@ -1437,6 +1445,8 @@ cdef class Client(Conn):
         """The upstream's answer is whole."""
         cdef Upstream up = self._up
         cdef Answered said
+        if up._mode == EVENTS and self._riding and self._committed and self._told(&said):
+            return self._end_stream(&said)
         if up._mode != HELD:
             exchange = self._python()
             up._release()
@@ -1463,31 +1473,67 @@ cdef class Client(Conn):
         cdef Flow flow = <Flow>self._exchange
         cdef Ride* ride = &self._ride
         cdef iovec parts[2]
-        cdef bint taken
         ride.ended_s = self._relay._now / 1e9
         ride.first_byte_s = self._first_ns / 1e9 if self._first_ns else ride.ended_s
         ride.bytes_out = up._body_len
-        ride.prompt, ride.cached, ride.output = said.prompt, said.cached, said.output
-        ride.reason, ride.reason_size = said.reason, said.reason_size
         flow._gate._head(ride, &up._passed, &self._rates, head)
         head.append(b"Content-Length: ")
         put_whole(head, up._body_len)
         head.append(b"\r\n")
         head.append(self._relay._date_line())
         up._release()
-        self._riding = False
         self._answering()
-        self._clear()
         parts[0].iov_base, parts[0].iov_len = <void*>head.data(), head.size()
         parts[1].iov_base, parts[1].iov_len = up._body, up._body_len
-        taken = self._put(parts, 2)
+        self._off(said, self._put(parts, 2))
+        up._let_go()  # where the reason lay
+        return 0
+
+    cdef bint _told(self, Answered* said) except -1:
+        """Whether the stream is over as it should be, and says plainly what it used and why it ended."""
+        cdef EventScanner scanner = self._scanner
+        cdef const unsigned char* end
+        said.prompt = said.cached = said.output = -1
+        said.reason = NULL
+        said.reason_size = 0
+        if scanner.error is not None or scanner.oversized or not scanner._pending.empty():
+            return False
+        if scanner.finish_reason is not None:
+            said.reason = PyUnicode_AsUTF8AndSize(scanner.finish_reason, &said.reason_size)
+            end = <const unsigned char*>said.reason + said.reason_size
+            if said.reason_size == 0 or vr_plain(<const unsigned char*>said.reason, end) != end:
+                return False
+        elif not scanner.done:
+            return False
+        return _usage_told(scanner.first_usage, said) and (
+            scanner.usage is scanner.first_usage or _usage_told(scanner.usage, said)
+        )
+
+    cdef int _end_stream(self, const Answered* said) except -1:
+        """The end of a stream of a request that went by its flow."""
+        cdef iovec part
+        self._ride.ended_s = self._relay._now / 1e9
+        self._ride.bytes_out += self.bytes_out
+        self._up._release()
+        part.iov_base = PyBytes_AS_STRING(LAST_CHUNK)
+        part.iov_len = PyBytes_GET_SIZE(LAST_CHUNK)
+        return self._off(said, self._put(&part, 1))
+
+    cdef int _off(self, const Answered* said, bint taken) except -1:
+        """A request that went by its flow has got its whole answer, unless that was not `taken`."""
+        cdef Flow flow = <Flow>self._exchange
+        cdef Ride* ride = &self._ride
+        self._exchange = None
+        self._riding = False
+        ride.prompt, ride.cached, ride.output = said.prompt, said.cached, said.output
+        ride.reason, ride.reason_size = said.reason, said.reason_size
         if self._lease is not None:
             self._relay._owner.give_back(
                 self._lease, said.prompt if said.prompt >= 0 else None, said.output if said.output > 0 else 0
             )
             self._lease = None
         flow._gate._settle(ride)
-        up._let_go()  # the reason lies in it
+        self._clear()  # of the scanner, too, where the reason lies
         return self._said_all() if taken else self._gone()
 
     cdef int _over(self, bytes rest) except -1:
@@ -2369,7 +2415,7 @@ cdef class Relay:
         return 0
 
     cdef int _end_turn(self) except -1:
-        """Send what was said in this turn, and what that leads to. Requests go first: upstreams work on them meanwhile."""
+        """Send what was said in this turn, and what that leads to. Requests go first: upstreams work on them then."""
         cdef Py_ssize_t asked = 0, at = 0
         cdef Conn conn
         while asked < len(self._asked) or at < len(self._unsent):

@@ -44,6 +44,15 @@ LIMITS = LimitsConfig(
 OF_OPENAI = {"x-ratelimit-limit-requests": "5", "openai-version": "1", "x-ratelimit-reset-requests": "1s"}
 
 
+STARTED = b'event: message_start\ndata: {"type":"message_start","message":{"usage":%b}}\n\n'
+DELTA = b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":%b}\n\n'
+STOPPED = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+
+
+def used(usage: bytes) -> bytes:
+    return b'data: {"choices":[],"usage":%b}\n\n' % usage
+
+
 def two(_: web.BaseRequest, __: bytes) -> Any:
     async def answer() -> web.Response:
         headers: Any = [("openai-version", "1"), ("openai-organization", "o"), ("openai-version", "2")]
@@ -71,6 +80,22 @@ REMOTE: dict[str, tuple[Any, bytes]] = {
     "an error in a stream": (
         stream(chunk("a"), b'data: {"error":{"message":"x"}}\n\n'),
         request(call("far", stream=True)),
+    ),
+    **{name: (stream(*pieces), request(call("far", stream=True))) for name, pieces in (
+        ("a stream of cached tokens", (chunk("a", "stop"), used(b'{"prompt_tokens":7%b}' % CACHED), DONE)),
+        ("a stream of odd usage", (chunk("a", "stop"), used(b'{"prompt_tokens":"many"}'), DONE)),
+        ("a stream of no usage", (chunk("a", "stop"), DONE)),
+        ("a stream of no reason", (chunk("a"), DONE)),
+        ("a stream of an empty reason", (chunk("a", ""), DONE)),
+        ("a stream of a reason in quotes", (chunk("a", 'so "it" ended'), DONE)),
+        ("a stream of a long way", (chunk("a", "l\u00e4nge"), DONE)),
+        ("a stream that is not done", (chunk("a", "stop"),)),
+        ("a stream without a last line", (chunk("a", "stop"), b"data: [DONE]")),
+        ("a stream of a large event", (chunk("a"), chunk("b" * (1 << 21)), chunk("c", "stop"), DONE)),
+    )},
+    "messages of two usages": (
+        stream(STARTED % b'{"input_tokens":3,"output_tokens":1}', DELTA % b'{"output_tokens":8}', STOPPED),
+        request(call("far", stream=True, max_tokens=5), "/v1/messages"),
     ),
     "messages": (stream(chunk("a", "stop"), DONE), request(call("far", stream=True, max_tokens=5), "/v1/messages")),
     "completions": (plain(COUNTED % b""), request({"model": "far", "prompt": "x"}, "/v1/completions")),
@@ -214,6 +239,19 @@ async def test_what_is_out_of_the_ordinary_is_pythons_and_nothing_else_is(
     assert asked == {"decide": 2}
     fast.remote.behave = plain(status=201)
     assert await connection.status(request(call("far"))) == 201
+    assert asked == {"decide": 2, "resume": 1}
+
+
+async def test_streams_that_end_as_they_should_are_none_of_pythons(
+    fast: Proxy, connection: Connection, asked: Counter[str]
+) -> None:
+    for behave in (stream(), stream(chunk("a", "stop"), DONE), stream(chunk("a"), DONE)):
+        fast.remote.behave = behave
+        for _ in range(3):
+            assert await connection.status(request(call("far", stream=True))) == 200
+    assert asked == {"decide": 2}
+    fast.remote.behave = stream(chunk("a", "stop"), used(b'{"prompt_tokens":"many"}'), DONE)
+    assert await connection.status(request(call("far", stream=True))) == 200
     assert asked == {"decide": 2, "resume": 1}
 
 
