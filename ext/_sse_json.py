@@ -44,6 +44,13 @@ class _Delta(msgspec.Struct):
     stop_reason: str | None = None
 
 
+_NOBODY = _Inner()
+_event = msgspec.json.Decoder(_Event)
+_inner = msgspec.json.Decoder(_Inner)
+_choices = msgspec.json.Decoder(list[_Choice])
+_delta = msgspec.json.Decoder(_Delta)
+
+
 class Details(NamedTuple):
     """What an event holds beside output. `only_usage`: a chat chunk without choices, sent for its usage alone."""
 
@@ -55,12 +62,13 @@ class Details(NamedTuple):
 
 def details(payload: bytes) -> Details:
     """Look into one event's JSON; nothing is found in what is not JSON. Never raises for bad input."""
-    event = _decode(payload, _Event)
+    event = _decode(_event, payload)
     if event is None:
         return Details()
-    usage = _usage(event)
-    empty = bytes(event.choices).translate(None, b" \t\r\n") == b"[]"
-    return Details(usage, _finish_reason(event), _error(event, payload), only_usage=usage is not None and empty)
+    response = _decode(_inner, event.response) or _NOBODY
+    usage = _usage(event, response)
+    only_usage = usage is not None and bytes(event.choices).translate(None, b" \t\r\n") == b"[]"
+    return Details(usage, _finish_reason(event), _error(event, response, payload), only_usage)
 
 
 def joined(event: bytes) -> bytes:
@@ -69,33 +77,31 @@ def joined(event: bytes) -> bytes:
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
-def _usage(event: _Event) -> bytes | None:
-    inner = _decode(event.response, _Inner) or _decode(event.message, _Inner) or _Inner()
-    for raw in (event.usage, event.usage_metadata, inner.usage):
-        if bytes(raw).startswith(b"{"):
-            return bytes(raw)
+def _usage(event: _Event, response: _Inner) -> bytes | None:
+    message = _decode(_inner, event.message) or _NOBODY
+    for raw in (event.usage, event.usage_metadata, response.usage, message.usage):
+        if raw and (said := bytes(raw)).startswith(b"{"):
+            return said
     return None
 
 
-def _error(event: _Event, payload: bytes) -> bytes | None:
-    inner = _decode(event.response, _Inner) or _Inner()
-    for raw in (event.error, inner.error):
-        if bytes(raw).startswith((b"{", b'"')) and bytes(raw) != b'""':
-            return bytes(raw)
-    return payload if bytes(event.type) == b'"error"' else None
+def _error(event: _Event, response: _Inner, payload: bytes) -> bytes | None:
+    for raw in (event.error, response.error):
+        if raw and (said := bytes(raw)).startswith((b"{", b'"')) and said != b'""':
+            return said
+    return payload if event.type and bytes(event.type) == b'"error"' else None
 
 
 def _finish_reason(event: _Event) -> str | None:
-    choices = _decode(event.choices, list[_Choice]) or _decode(event.candidates, list[_Choice]) or []
-    for choice in choices:
+    for choice in _decode(_choices, event.choices) or _decode(_choices, event.candidates) or ():
         if choice.finish_reason or choice.gemini_reason:
             return choice.finish_reason or choice.gemini_reason
-    delta = _decode(event.delta, _Delta)
+    delta = _decode(_delta, event.delta)
     return delta.stop_reason if delta else None
 
 
-def _decode(raw: bytes | msgspec.Raw, shape: type[_T]) -> _T | None:
+def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes | msgspec.Raw) -> _T | None:
     try:
-        return msgspec.json.decode(raw, type=shape) if raw else None
+        return decoder.decode(raw) if raw else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
