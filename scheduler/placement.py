@@ -78,7 +78,6 @@ class Placement:
         chosen: set[ModelState] = set()
         taken: set[str] = set()
         kept: set[str] = set()
-        # a device where a load can begin now chooses before one that is still busy with its last
         for ledger in self._in_turn(others):
             if ledger.spec.name in taken:
                 continue
@@ -105,6 +104,8 @@ class Placement:
         return self._spare(())
 
     def _in_turn(self, others: Sequence[ModelState]) -> list[DeviceLedger]:
+        """In which order the devices choose: where room was made, before a neighbour takes it for an engine on both;
+        where several are chosen for; then where a load can begin now, before one that is still busy with its last."""
         first = {
             ledger.spec.name
             for model in others
@@ -114,7 +115,12 @@ class Placement:
         }
         return sorted(
             self._devices.values(),
-            key=lambda each: (each.spec.name not in first, self._starts(each), -each.free - self._lent(each)),
+            key=lambda each: (
+                each.spec.name not in self._made_room_for,
+                each.spec.name not in first,
+                self._starts(each),
+                -each.free - self._lent(each),
+            ),
         )
 
     def _starts(self, ledger: DeviceLedger) -> bool:
@@ -130,6 +136,7 @@ class Placement:
         name = ledger.spec.name
         planned = self._planned.pop(name, None)
         if not wanted:
+            self._made_room_for.pop(name, None)
             return None
         scene = self._scene(ledger, wanted, planned, now)
         for model in wanted if self._wanted.others else ():

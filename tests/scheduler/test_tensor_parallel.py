@@ -11,11 +11,14 @@ from scheduler.commands import Load, Refuse, Stop
 from scheduler.core import Core
 from scheduler.events import EngineFailed, EngineReady, EngineStopped
 from scheduler.model import DeviceSpec, ModelSpec, RefusalCode
+from scheduler.ordering import Ordering
+from scheduler.policies.fifo import Fifo
+from scheduler.policies.regret import Regret
 from tests.scheduler.conftest import MiB, World, kinds
 
 
-def gpus(count: int, *specs: ModelSpec) -> World:
-    return World(Core([DeviceSpec(f"gpu{n}", "nvidia", 1000 * MiB) for n in range(count)], specs))
+def gpus(count: int, *specs: ModelSpec, ordering: Ordering | None = None) -> World:
+    return World(Core([DeviceSpec(f"gpu{n}", "nvidia", 1000 * MiB) for n in range(count)], specs, ordering=ordering))
 
 
 def model(name: str, mib: int, devices: int = 1) -> ModelSpec:
@@ -62,6 +65,18 @@ def test_victims_on_both_devices_go_together(pair: World) -> None:
     assert sorted(kinds(stops)) == ["stop a", "stop b"]
     assert pair.stopped(stops[0]) == []
     assert kinds(pair.stopped(stops[1])) == ["load wide"]
+
+
+@pytest.mark.parametrize("ordering", [Fifo, Regret])
+def test_it_does_not_take_back_the_room_that_was_made_on_one_of_them(ordering: type[Ordering]) -> None:
+    narrow = ModelSpec("narrow", 700 * MiB, "gpu1", revision="narrow")
+    w = gpus(2, model("wide", 700, 2), narrow, ordering=ordering())
+    first, (load,) = w.arrive("wide")
+    w.ready(load)
+    w.arrive("narrow")
+    w.arrive("wide")
+    (stop,) = [each for each in w.at(60.0).finish(first) if isinstance(each, Stop)]
+    assert kinds(w.stopped(stop)) == ["load narrow"]
 
 
 def test_its_death_frees_both(pair: World) -> None:
