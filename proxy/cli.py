@@ -196,7 +196,13 @@ Examples:
   vramp simulate --replay decisions.log
 """
 )
-@click.option("--trace", "traces", metavar="FILE", multiple=True, help="CSV of arrivals; may be repeated.")
+@click.option(
+    "--trace",
+    "traces",
+    metavar="FILE",
+    multiple=True,
+    help="CSV of arrivals: t_s, model, output_tokens, ...; may be repeated.",
+)
 @click.option("--memory", metavar="SIZE", default="72GiB", show_default=True, help="Memory that the models share.")
 @click.option("--policy", metavar="NAME", default="all", show_default=True, help="One policy, or all.")
 @click.option(
@@ -213,8 +219,8 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--bounds/--no-bounds",
-    default=True,
-    help="Compare with the optimum (needs scipy; not for engines that sleep).  [default: bounds]",
+    default=None,
+    help="Compare with the optimum (not for engines that sleep).  [default: where scipy is installed]",
 )
 @click.option("--anticipate", is_flag=True, help="Load early and hold swaps back, as a server does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a policy.")
@@ -226,7 +232,7 @@ def simulate(
     deadline_s: float,
     engine: str,
     until_s: float,
-    bounds: bool,
+    bounds: bool | None,
     anticipate: bool,
     as_json: bool,
     replay: str | None,

@@ -215,7 +215,7 @@ def _libraries() -> tuple[Any, Any]:
     try:
         return importlib.import_module("scipy.optimize").linprog, importlib.import_module("scipy.sparse")
     except ImportError as error:
-        raise NoSolver("the bounds need scipy: pip install 'vramp[sim]', or leave them out with --no-bounds") from error
+        raise NoSolver("the bounds need scipy: pip install scipy, or leave them out with --no-bounds") from error
 
 
 def _fingerprint(requests: Sequence[Request], models: Mapping[str, ModelSpec]) -> str:

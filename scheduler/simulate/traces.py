@@ -43,7 +43,7 @@ def read_trace(path: str | Path, until_s: float = math.inf) -> list[Request]:
     """The requests of a file that arrive before `until_s`, in order of arrival. Raises TraceError."""
     path = Path(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             requests = [each for each in _rows(path, csv.reader(file)) if each.at_s < until_s]
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from error

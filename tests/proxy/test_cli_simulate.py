@@ -50,6 +50,43 @@ def test_the_table_names_every_policy_and_a_chosen_one_alone(trace: str) -> None
     assert "fifo" not in alone
 
 
+@pytest.fixture
+def no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise ImportError(name)
+
+    monkeypatch.setattr("scheduler.simulate.bounds.importlib.import_module", missing)
+
+
+@pytest.mark.usefixtures("no_scipy")
+def test_without_scipy_the_policies_are_compared_with_each_other(trace: str) -> None:
+    result = run("simulate", "--trace", trace, "--memory", "40GiB", "--policy", "lru")
+    assert result.exit_code == 0, result.output
+    assert "lru" in result.stdout
+    assert result.stderr.startswith(
+        "warning: without a comparison with the optimum: the bounds need scipy: pip install"
+    )
+
+
+@pytest.mark.usefixtures("no_scipy")
+def test_without_scipy_bounds_that_were_asked_for_are_an_error(trace: str) -> None:
+    result = run("simulate", "--trace", trace, "--memory", "40GiB", "--policy", "lru", "--bounds")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: the bounds need scipy")
+
+
+def test_a_trace_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "day.csv"
+    path.write_text("t_s,model,output_tokens\r\n0,a,10\r\n", encoding="utf-8-sig")
+    result = run("simulate", "--trace", str(path), "--memory", "40GiB", "--no-bounds", "--policy", "lru")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_log_that_is_not_there_is_said_by_its_name() -> None:
+    result = run("simulate", "--replay", "/nonexistent.log")
+    assert (result.exit_code, result.stderr) == (1, "error: /nonexistent.log: No such file or directory\n")
+
+
 def test_until_cuts_and_two_traces_make_two_tables(trace: str) -> None:
     words = ("--memory", "40GiB", "--no-bounds", "--policy", "fifo", "--until", "10")
     result = run("simulate", "--trace", trace, "--trace", trace, *words)
