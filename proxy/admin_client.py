@@ -127,6 +127,7 @@ class Step(msgspec.Struct, frozen=True):
 
 class _Inner(msgspec.Struct):
     message: str
+    code: str | int | None = None
 
 
 class _Envelope(msgspec.Struct):
@@ -209,6 +210,10 @@ class AdminClient:
             return AdminError(f"{self.address} wants an operator's key; set VRAMP_ADMIN_KEY to one of its admin_keys")
         try:
             error = msgspec.json.decode(response.read(), type=_Envelope).error
+            if isinstance(error, _Inner) and error.code == "not_found":
+                return AdminError(
+                    f"{self.address} is where clients connect; name the server's admin_listen with --admin"
+                )
         except (msgspec.DecodeError, OSError, http.client.HTTPException):
             return AdminError(
                 f"{self.address} answered {response.status}, not as vramp's operators' API does; name its admin_listen"

@@ -62,7 +62,7 @@ class _Responses(_Stream):
 
 class _Messages(_Stream, kw_only=True):
     messages: list[msgspec.Raw]
-    max_tokens: NotNegative | None = None
+    max_tokens: NotNegative  # Anthropic's API demands it, and so do the engines that speak it, after a load
 
 
 class _CountTokens(_Body, kw_only=True):

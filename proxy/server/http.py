@@ -173,7 +173,7 @@ class HttpServer(web.Server):
 def _explain(error: BaseException) -> CallError:
     if isinstance(error, LineTooLong):
         return HeadersTooLarge("The request line or a header is too long ([limits] max_header).")
-    first_line = str(getattr(error, "message", "")).partition("\n")[0].rstrip(":")
+    first_line = str(getattr(error, "message", "")).partition("\n")[0].rstrip(":.")
     return InvalidRequest(f"This is not a well-formed HTTP request: {first_line or 'it cannot be parsed'}.")
 
 

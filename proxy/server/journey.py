@@ -159,7 +159,11 @@ class Journey:
 
     async def _decode(self) -> Call:
         state = self._state
-        body = await read_body(self._request, state.max_body, state.config.timeouts.read_body_s)
+        try:
+            body = await read_body(self._request, state.max_body, state.config.timeouts.read_body_s)
+        except InvalidRequest:
+            self._answer.last = True  # the parser stopped in the middle of it, and finds no next request
+            raise
         self._outcome.bytes_in = len(body)
         call = decode(self._endpoint, self._request.headers, body, state.defaults[self._endpoint.task])
         call.request_id = self._outcome.request_id
@@ -338,6 +342,8 @@ def _refusal(refused: Refused) -> Exception:
     code, reason = refused.code, refused.reason
     if code is RefusalCode.UNKNOWN_MODEL:
         return AttemptFailed(NotFound(reason, param="model", code="model_not_found"))
+    if code is RefusalCode.DEADLINE:
+        reason = f"{reason[:1].upper()}{reason[1:]}: allow more (x-vramp-deadline-ms, or [classes] deadline_ms)."
     if code is RefusalCode.NEVER_FITS:
         return AttemptFailed(InvalidRequest(reason, param="model", code="model_never_fits"))
     error = Unavailable(reason, code=code.value, retry_after_s=refused.retry_after_s)

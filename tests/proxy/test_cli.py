@@ -341,6 +341,14 @@ def test_an_unknown_model_is_refused_in_the_server_s_words(admin: FakeAdmin) -> 
     assert (result.exit_code, result.stderr) == (1, "error: no such model; did you mean demo-chat?\n")
 
 
+def test_where_clients_connect_is_no_address_for_operators(admin: FakeAdmin) -> None:
+    error = {"message": "There is no path /admin/api/status here.", "code": "not_found"}
+    admin.answers["GET /admin/api/status"] = (404, json.dumps({"error": error}).encode())
+    result = admin.run("status")
+    says = f"error: {admin.address} is where clients connect; name the server's admin_listen with --admin\n"
+    assert (result.exit_code, result.stderr) == (1, says)
+
+
 def test_a_model_with_a_slash_keeps_it(admin: FakeAdmin) -> None:
     admin.answers["POST /admin/api/models/org/tiny model/load"] = (200, ndjson(LOAD_STEPS[-1:]))
     assert admin.run("load", "org/tiny model").output == "org/tiny model: ready\n"

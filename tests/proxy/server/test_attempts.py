@@ -120,6 +120,12 @@ async def test_a_refusal_says_whether_to_come_back(proxy: Proxy, code: RefusalCo
     await proxy.still_works()
 
 
+async def test_a_missed_deadline_names_what_sets_it(proxy: Proxy) -> None:
+    proxy.scheduler.refusal = (RefusalCode.DEADLINE, 2.5)
+    message = (await (await proxy.chat()).json())["error"]["message"]
+    assert message.endswith(": allow more (x-vramp-deadline-ms, or [classes] deadline_ms).")
+
+
 @pytest.mark.parametrize("code", [each for each, _, _ in REFUSALS if each is not RefusalCode.STOPPING])
 async def test_a_refused_call_goes_to_the_next_candidate(proxy: Proxy, code: RefusalCode) -> None:
     proxy.scheduler.refusal = (code, 1.0)

@@ -146,6 +146,43 @@ async def test_a_compressed_body_is_understood(proxy: Proxy) -> None:
     assert "content-encoding" not in proxy.upstream.requests[0][1]
 
 
+async def test_a_body_that_is_not_in_its_coding_is_the_clients_fault_alone(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await proxy.session.post(CHAT, data=b"not gzip", headers={**JSON, "content-encoding": "gzip"})
+    assert response.status == 400
+    error = openai_error(await response.read())
+    assert error["message"] == "The body cannot be read: Can not decode content-encoding: gzip."
+    await proxy.still_works()
+    assert not caplog.records, "a client can fill the log with tracebacks"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/chat/completions/", "Did you mean /v1/chat/completions?"),
+        ("/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("/v1/v1/messages", "Did you mean /v1/messages?"),
+        ("/models", "Did you mean /v1/models?"),
+        ("/metrics", "Operators' pages are on another port, [server] admin_listen."),
+        ("/admin/api/status", "Operators' pages are on another port, [server] admin_listen."),
+        ("/v1/images/generations", "Models are called at /v1/chat/completions, "),
+        ("/v1/chat/" + "completions" * 100, "Models are called at /v1/chat/completions, "),
+    ],
+)
+async def test_a_path_that_is_none_names_the_one_that_was_meant(proxy: Proxy, path: str, says: str) -> None:
+    response = await proxy.session.post(path, data=GOOD, headers=JSON)
+    assert response.status == 404
+    assert f"There is no path {path[:200]} here. {says}" in openai_error(await response.read())["message"]
+
+
+async def test_messages_without_max_tokens_cost_no_load(proxy: Proxy) -> None:
+    response = await proxy.session.post("/v1/messages", json={"model": "demo-chat", "messages": []})
+    assert response.status == 400
+    assert (await response.json())["error"]["message"] == "Missing required field 'max_tokens'."
+    assert not proxy.upstream.requests
+
+
 @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": "multipart/form-data"}, {}])
 async def test_what_is_not_declared_as_json_is_a_415(proxy: Proxy, headers: dict[str, str]) -> None:
     response = await proxy.session.post(CHAT, data=GOOD, headers=headers, skip_auto_headers=["content-type"])

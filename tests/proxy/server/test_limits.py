@@ -45,8 +45,8 @@ async def test_without_limits_of_ours_the_upstreams_are_passed_on(proxy: Proxy) 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 async def test_a_refusal_is_a_429_in_the_dialect_with_the_time_to_come_back(proxy: Proxy, path: str) -> None:
     proxy.configure(limits=LimitsConfig(requests_per_minute=1))
-    assert (await proxy.chat(path)).status == 200
-    response = await proxy.chat(path)
+    assert (await proxy.chat(path, max_tokens=5)).status == 200
+    response = await proxy.chat(path, max_tokens=5)
     error = (await response.json())["error"]
     assert (response.status, error["type"]) == (429, "rate_limit_error")
     assert "limited to 1 requests a minute" in error["message"]
