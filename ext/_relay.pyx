@@ -28,7 +28,9 @@ What always holds:
 Its twin is the ordinary lane of the proxy's server. The protocol with Python is in `_relay.pyi`.
 """
 
+from cpython.buffer cimport PyBUF_WRITE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.errno cimport EAGAIN, ECONNABORTED, ECONNRESET, EINPROGRESS, EINTR, ENOTCONN, errno
 from libc.stdint cimport uint32_t
@@ -627,7 +629,9 @@ cdef class Conn:
     cdef bint _send_said(self) except? False:
         """Send what TLS itself has to say; False when the connection is dead."""
         cdef vector[iovec] sealed
-        cdef bytes said = self._said_over_tls(&sealed)
+        if not self._tls.speaks():
+            return True
+        said = self._said_over_tls(&sealed)
         return not said or self._send_sealed(&sealed)
 
     cdef ssize_t _take_sealed(self, char* by) except? -1:
@@ -648,7 +652,7 @@ cdef class Conn:
         while size == SEALED and got + 2 * SEALED <= SCRATCH:  # a record may have begun before
             size = self._take_sealed(to + got)
             if size > 0:
-                got += self._tls.read(to + got, SCRATCH - got)
+                got += self._tls.read(to + got, SCRATCH - got, self._relay._view_of(to + got, SCRATCH - got))
             else:
                 why = errno if size < 0 else ECONNRESET
         self._send_said()  # a part of the handshake, an alert, new keys
@@ -2257,6 +2261,8 @@ cdef class Relay:
     cdef list _grave, _slots
     cdef list _asked, _unsent  # who has something to send when the turn ends: requests, which go first, and the rest
     cdef char* _scratch
+    cdef char* _viewed  # by `_view`
+    cdef object _view
     cdef string _text  # for one function's use at a time
     cdef string _date  # the last line of every head, and the empty one, of this second
     cdef time_t _second
@@ -2305,6 +2311,13 @@ cdef class Relay:
             free(spare)
         if self._ep >= 0:
             epoll_close(self._ep)
+
+    cdef object _view_of(self, char* at, size_t size):
+        """The scratch buffer from there on, as Python sees it. It is kept, for most are of all of it."""
+        if at != self._viewed:
+            self._viewed = at
+            self._view = PyMemoryView_FromMemory(at, size, PyBUF_WRITE)
+        return self._view
 
     cdef char* _lend(self) except NULL:
         """A buffer of SCRATCH bytes."""

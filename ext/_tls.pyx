@@ -11,6 +11,7 @@ that the peer has ended it as TLS demands. An end without that may be somebody e
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
 
 import ssl
@@ -28,6 +29,8 @@ cdef class Tls:
         self._object = context.wrap_bio(
             self._incoming, self._outgoing, server_side=name is None, server_hostname=name, session=session
         )
+        inner = getattr(self._object, "_sslobj", self._object)  # around which its own are functions in Python
+        self._read, self._write = inner.read, inner.write
 
     cdef int shake(self) except -2:
         """Go on with the handshake. 1: it is done; 0: the peer is to say something; -1: it failed."""
@@ -43,18 +46,18 @@ cdef class Tls:
 
     cdef int take(self, const char* data, size_t size) except -1:
         """What came from the peer."""
-        self._incoming.write(PyMemoryView_FromMemory(<char*>data, size, PyBUF_READ))
+        self._incoming.write(PyBytes_FromStringAndSize(data, size))  # a view is dearer than the copy
         return 0
 
-    cdef ssize_t read(self, char* to, size_t room) except -1:
-        """All plain text that is there; its size. There must be room for all that was taken and for a record more.
-        What comes before it is the handshake."""
+    cdef ssize_t read(self, char* to, size_t room, object view) except -1:
+        """All plain text that is there; its size. There must be room for all that was taken and for a record more,
+        which is what the `view` shows. What comes before it is the handshake."""
         cdef ssize_t got = 0, size
         if not self.shaken and self.shake() <= 0:
             return 0
         while True:
             try:
-                size = self._object.read(room - got, PyMemoryView_FromMemory(to + got, room - got, PyBUF_WRITE))
+                size = self._read(room - got, view)
             except ssl.SSLWantReadError:
                 return got
             except ssl.SSLError as error:
@@ -66,19 +69,24 @@ cdef class Tls:
             got += size
             if not self._incoming.pending:  # to ask for more would end in an exception, which costs as much again
                 return got
+            view = PyMemoryView_FromMemory(to + got, room - got, PyBUF_WRITE)
 
     cdef bint write(self, const char* data, size_t size) except -1:
         """Seal this; False when the connection cannot be used any more."""
         try:
-            self._object.write(PyMemoryView_FromMemory(<char*>data, size, PyBUF_READ))
+            self._write(PyMemoryView_FromMemory(<char*>data, size, PyBUF_READ))
         except ssl.SSLError as error:
             self.words = why(error)
             return False
         return True
 
+    cdef bint speaks(self) except -1:
+        """Whether something is to be sent to the peer."""
+        return self._outgoing.pending > 0
+
     cdef bytes said(self):
         """What is to be sent to the peer, once."""
-        return self._outgoing.read() if self._outgoing.pending else b""
+        return self._outgoing.read()
 
     cdef int part(self) except -1:
         """Say that nothing more will come from us. What the peer answers is not waited for."""
