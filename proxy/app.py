@@ -34,7 +34,7 @@ from proxy.admin.scheduler import scheduler_view
 from proxy.admin.status import status
 from proxy.assembly import Local, devices_of, locals_of, settings_of
 from proxy.catalog.catalog import Catalog, Deployment
-from proxy.cli_serve import banner
+from proxy.cli_serve import announce, banner
 from proxy.config import ConfigError
 from proxy.config_check import open_problems, worker_count
 from proxy.config_diff import diff
@@ -251,7 +251,7 @@ class App:
         self._link.ready()
         public, operators = (addresses(self._listeners, name)[0] for name in ("http", "admin"))
         urls = [f"{'https' if self._config.server.tls_cert else 'http'}://{public}", f"http://{operators}"]
-        print(banner(self._config, urls), flush=True)
+        announce(banner(self._config, urls))
 
     async def _warm_up(self) -> None:
         """Start the launchers now, so that the first request finds them warm."""

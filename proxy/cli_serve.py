@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ DRAIN_GRACE_S: Final = 10.0
 
 def serve(start: Start) -> NoReturn:
     """Checks everything, then becomes the keeper. Exits with 1 and a line for each reason if it must not start."""
+    open_standard_streams()
     loaded = _load(start)
     raise_descriptor_limit()
     # what a killed keeper left would hold the port and the memory that preflight looks for
@@ -42,7 +44,7 @@ def serve(start: Start) -> NoReturn:
         _say(finding.says, fatal=finding.fatal)
     if any(finding.fatal for finding in findings):
         sys.exit(1)
-    click.echo(f"vramp: serving {loaded.source}, {_counted(loaded.config)}", err=True)
+    _tell(f"vramp: serving {loaded.source}, {_counted(loaded.config)}")
     argv = keeper_argv(start, loaded.config)
     os.execv(argv[0], argv)  # noqa: S606 - the keeper takes this process's place, and so its pid and its signals
 
@@ -99,6 +101,21 @@ def _short(path: Path) -> str:
     return min(str(path), os.path.relpath(path), key=len)
 
 
+def announce(text: str) -> None:
+    """Say it on stdout, if anybody can be told: a full disk or a reader that has gone is no reason not to serve."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def open_standard_streams() -> None:
+    """Have descriptors 0 to 2 be something: where a caller closed them, a listening socket would become stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+
+
 def raise_descriptor_limit() -> None:
     """As many open files as this user may have; every connection takes one, and the default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -121,7 +138,12 @@ def _load(start: Start) -> Loaded:
 
 
 def _say(line: str, *, fatal: bool) -> None:
-    click.echo(f"{click.style('error', 'red') if fatal else click.style('warning', 'yellow')}: {line}", err=True)
+    _tell(f"{click.style('error', 'red') if fatal else click.style('warning', 'yellow')}: {line}")
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # as `announce`
+        click.echo(line, err=True)
 
 
 def _counted(config: Config) -> str:

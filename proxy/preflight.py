@@ -110,9 +110,23 @@ def _holder(port: int) -> str:
     try:
         connections = psutil.net_connections("tcp")
         pids = [c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid]
-        return f"{psutil.Process(pids[0]).name()} (pid {pids[0]})" if pids else "another process"
+        if not pids:
+            return "another process"
+        holder = psutil.Process(pids[0])
+        # a keeper, and its like, starts again the children that hold the port with it
+        while (parent := holder.parent()) is not None and _listens(parent, port):
+            holder = parent
+        return f"{holder.name()} (pid {holder.pid})"
     except psutil.Error:
         return "another process"
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        connections = process.net_connections("tcp")
+    except psutil.Error:
+        return False  # not ours to look at, and so not ours to stop
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
 
 
 def check_workers(workers: int) -> Iterator[Finding]:

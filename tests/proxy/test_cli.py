@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import pytest
@@ -433,6 +435,24 @@ def test_serve_becomes_the_keeper_with_the_proxy_behind_it(config: Path, execv: 
             "--engine", "simulated", "--config", str(config), "--admin-listen", "127.0.0.1:0",
         ]
     ]  # fmt: skip
+
+
+def test_a_banner_that_nobody_can_be_told_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    cli_serve.announce("vramp is ready")
+    stdout.write.assert_called()
+
+
+def test_closed_standard_streams_are_opened_before_anything_takes_their_place() -> None:
+    code = (
+        "import os, sys; from proxy.cli_serve import open_standard_streams; open_standard_streams(); "
+        'sys.stderr.write(f\'{os.readlink("/proc/self/fd/0")} {os.readlink("/proc/self/fd/1")} \''
+        "f'{os.get_inheritable(0)} {os.get_inheritable(1)}')"
+    )
+    closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
+    shown = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=True)
+    assert shown.stderr == "/dev/null /dev/null True True"
 
 
 def test_serve_hands_on_every_model() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def test_a_taken_port_names_its_holder(taken: int) -> None:
     assert finding.fatal
     assert finding.says.startswith(f"port {taken} (server.listen) is taken by {name}")
     assert finding.says.endswith(f"(pid {os.getpid()}); stop that, or choose another with --listen")
+
+
+def test_of_several_holders_the_parent_is_named(taken: int) -> None:
+    listening = next(c.fd for c in psutil.Process().net_connections("tcp") if c.laddr.port == taken and not c.raddr)
+    with subprocess.Popen(["sleep", "60"], pass_fds=[listening]) as child:
+        try:
+            (finding,) = preflight.check_port("server.listen", f"127.0.0.1:{taken}")
+        finally:
+            child.kill()
+    assert f"(pid {os.getpid()})" in finding.says
 
 
 def test_a_holder_that_we_may_not_see_is_another_process(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
