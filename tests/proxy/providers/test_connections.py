@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Self
 
 import pytest
 
-from proxy.config import BackendConfig
 from proxy.providers.base import Broken, Unreachable
 from proxy.providers.openai import OpenAIProvider
+from tests.proxy.providers.conftest import Connect, ask
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+ANSWERED = (200, b"ok")
 LARGE = b"x" * (8 << 20)  # more than the buffers of both sockets hold
 
 
@@ -69,26 +70,13 @@ async def server() -> AsyncIterator[RawServer]:
 
 
 @pytest.fixture
-async def provider(server: RawServer) -> AsyncIterator[OpenAIProvider]:
-    provider = provider_of(f"http://127.0.0.1:{server.port}/v1", connect_s=1.0)
-    yield provider
-    await provider.close()
-
-
-def provider_of(base_url: str, connect_s: float) -> OpenAIProvider:
-    backend = BackendConfig(name="cloud", kind="openai", base_url=base_url, max_connections=1)
-    return OpenAIProvider(backend, None, connect_s=connect_s)
-
-
-async def ask(provider: OpenAIProvider, body: bytes = b"{}", headers: Mapping[str, str] | None = None) -> bytes:
-    async with provider.send("/v1/chat/completions", body, headers or {}) as answer:
-        assert answer.status == 200
-        return b"".join([chunk async for chunk in answer.chunks()])
+async def provider(server: RawServer, connect: Connect) -> OpenAIProvider:
+    return connect(f"http://127.0.0.1:{server.port}")
 
 
 async def test_what_only_announces_an_answer_is_passed_over(server: RawServer, provider: OpenAIProvider) -> None:
     server.answers = [b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + OK, OK]
-    assert [await ask(provider), await ask(provider)] == [b"ok", b"ok"]
+    assert [await ask(provider), await ask(provider)] == [ANSWERED, ANSWERED]
     assert server.connections == 1
 
 
@@ -99,7 +87,7 @@ async def test_what_is_no_http_is_told_in_one_line_and_the_next_request_works(
     with pytest.raises(Broken, match=r"^backend cloud: its answer is no HTTP: .*$") as broken:
         await ask(provider)
     assert "\n" not in str(broken.value)
-    assert await ask(provider) == b"ok"
+    assert await ask(provider) == ANSWERED
 
 
 async def test_a_body_of_any_size_arrives_as_it_is(server: RawServer, provider: OpenAIProvider) -> None:
@@ -115,9 +103,9 @@ async def test_an_answer_before_the_request_was_taken_ends_the_connection(
     server: RawServer, provider: OpenAIProvider
 ) -> None:
     server.takes, server.answers = False, [OK, OK]
-    assert await ask(provider, LARGE) == b"ok"
+    assert await ask(provider, LARGE) == ANSWERED
     server.takes = True
-    assert await ask(provider) == b"ok"
+    assert await ask(provider) == ANSWERED
     assert server.connections == 2
 
 
@@ -128,9 +116,8 @@ async def test_a_clients_header_goes_on_byte_for_byte(server: RawServer, provide
     assert b"\r\ntracestate: %b\r\n" % said in server.requests[0]
 
 
-async def test_a_server_that_never_says_hello_is_unreachable(server: RawServer) -> None:
-    provider = provider_of(f"https://127.0.0.1:{server.port}/v1", connect_s=0.02)
+async def test_a_server_that_never_says_hello_is_unreachable(server: RawServer, connect: Connect) -> None:
+    provider = connect(f"https://127.0.0.1:{server.port}", connect_s=0.02)
     for _ in range(2):  # the slot was given back
         with pytest.raises(Unreachable, match="Connection timeout to host https://127"):
             await ask(provider)
-    await provider.close()

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from proxy.config import BackendConfig, Secret
+from proxy.config import Secret
 from proxy.providers.base import Broken, Unreachable
 from proxy.providers.openai import OpenAIProvider
 from tests.fakes import FakeUpstream, die, hang, plain, until
+from tests.proxy.providers.conftest import Connect, ask
 
 
 @pytest.fixture
@@ -19,16 +20,8 @@ async def upstream() -> AsyncIterator[FakeUpstream]:
 
 
 @pytest.fixture
-async def provider(upstream: FakeUpstream) -> AsyncIterator[OpenAIProvider]:
-    backend = BackendConfig(name="cloud", kind="openai", base_url=upstream.base_url + "/v1", max_connections=2)
-    provider = OpenAIProvider(backend, Secret("sk-ours", "literal"), connect_s=1.0)
-    yield provider
-    await provider.close()
-
-
-async def ask(provider: OpenAIProvider, path: str = "/v1/chat/completions", **where: str) -> tuple[int, bytes]:
-    async with provider.send(path, b"{}", {}, **where) as answer:
-        return answer.status, b"".join([chunk async for chunk in answer.chunks()])
+async def provider(upstream: FakeUpstream, connect: Connect) -> OpenAIProvider:
+    return connect(upstream.base_url, slots=2, key=Secret("sk-ours", "literal"))
 
 
 async def test_the_key_goes_to_its_own_server_only(provider: OpenAIProvider, upstream: FakeUpstream) -> None:
