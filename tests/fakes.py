@@ -68,6 +68,11 @@ class FakeUpstream:
         await self._protocol.shutdown(0.1)
 
     @property
+    def connections(self) -> int:
+        assert self._protocol is not None
+        return len(self._protocol.connections)
+
+    @property
     def last_body(self) -> Any:
         return json.loads(self.requests[-1][2])
 

@@ -94,7 +94,7 @@ class Serving:
         self._usage = UsageLog(_usage_file(config))
         metrics.usage_rows = self._usage.rows
         self._providers = _providers_of(config, secrets)
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], Mapping[str, Provider]] = {}  # of configurations before this one
         self._server: http.Server | None = None
         self._tls: Tls | None = None
         self._handler = Handler(
@@ -187,8 +187,8 @@ class Serving:
         await self._usage.close()
         for task in self._retiring:
             task.cancel()
-        for provider in self._providers.values():
-            await provider.close()
+        for providers in (*self._retiring.values(), self._providers):
+            await _close(providers)
 
     def _state(self, config: Config, secrets: ResolvedSecrets, providers: Mapping[str, Provider]) -> State:
         return State.of(config, Catalog(config), Keys(secrets.api_keys), providers, self._counters)
@@ -198,12 +198,16 @@ class Serving:
 
         async def later() -> None:
             await asyncio.sleep(self._config.timeouts.total_s)
-            for provider in providers.values():
-                await provider.close()
+            await _close(providers)
 
         task = asyncio.create_task(later())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._retiring[task] = providers
+        task.add_done_callback(self._retiring.pop)
+
+
+async def _close(providers: Mapping[str, Provider]) -> None:
+    for provider in providers.values():
+        await provider.close()
 
 
 def _providers_of(config: Config, secrets: ResolvedSecrets) -> dict[str, Provider]:
