@@ -16,7 +16,7 @@ from proxy.config import LOCAL_KINDS, BackendConfig, Secret
 from proxy.providers.base import Broken, Straight
 from proxy.providers.connections import Connections, Destination, HttpUpstream, lines_of
 from proxy.providers.slots import Slots
-from proxy.providers.tls import upstream_tls
+from proxy.providers.tls import AUTHORITIES
 
 # uvicorn, which serves vLLM, closes an idle connection after 5 s: leave before it does, or race with its FIN.
 ENGINE_KEEPALIVE_S = 4.0
@@ -43,7 +43,7 @@ class OpenAIProvider:
         self.slots = Slots(backend.name, most, most * WAITERS_PER_CONNECTION) if remote else None
         self.keepalive_s = backend.keepalive_s if remote else ENGINE_KEEPALIVE_S
         https = self._base_url is not None and self._base_url.lower().startswith("https:")
-        tls = upstream_tls() if https else None
+        tls = AUTHORITIES.tls() if https else None
         self._connections = Connections(backend.name, connect_s=connect_s, keepalive_s=self.keepalive_s, tls=tls)
         self._destinations: dict[tuple[str, str | None], Destination] = {}
 
@@ -56,7 +56,7 @@ class OpenAIProvider:
         to = self._destination(path, base_url)
         if to.url.host is None or to.url.port is None:
             return None
-        tls = upstream_tls() if to.url.scheme == "https" else None
+        tls = AUTHORITIES.tls() if to.url.scheme == "https" else None
         return Straight(to.url.host, to.url.port, to.head, self.keepalive_s, tls)
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from proxy.observe.access_log import AccessLog
 from proxy.observe.metrics import Metrics
 from proxy.providers.base import Provider
 from proxy.providers.openai import OpenAIProvider
+from proxy.providers.tls import AUTHORITIES
 from proxy.server import http
 from proxy.server.handler import Handler
 from proxy.server.journey import Leases
@@ -135,6 +136,7 @@ class Serving:
     def configure(self, config: Config, secrets: ResolvedSecrets) -> None:
         """New requests follow this configuration; those in flight keep the one they began with. Raises OverflowError,
         and has changed nothing, where `counters` have no room for its limits."""
+        AUTHORITIES.read_again()
         providers = _providers_of(config, secrets)
         self._handler.configure(self._state(config, secrets, providers))
         self._config = config

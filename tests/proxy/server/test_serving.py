@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Self
 
 import aiohttp
@@ -14,7 +15,9 @@ from ext.rate_counters import RateCounters
 from proxy.config_load import load_text
 from proxy.config_secrets import ResolvedSecrets
 from proxy.observe.metrics import Metrics
+from proxy.providers.tls import AUTHORITIES
 from proxy.server.serving import Serving
+from tests.certificates import Pair, make_pair
 from tests.fakes import FakeScheduler, FakeUpstream, until
 
 CONFIG = """
@@ -67,6 +70,19 @@ class Served:
             return answer.status
 
 
+Trust = Callable[..., object]
+
+
+@pytest.fixture
+def trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trust]:
+    """trust(pair, ...) writes those into the file of the authorities."""
+    file = tmp_path / "authorities.pem"
+    with monkeypatch.context() as within:
+        within.setenv("SSL_CERT_FILE", str(file))
+        yield lambda *pairs: file.write_bytes(b"".join(pair.cert.read_bytes() for pair in pairs))
+    AUTHORITIES.read_again()
+
+
 @pytest.fixture
 async def upstream() -> AsyncIterator[FakeUpstream]:
     async with FakeUpstream() as upstream:
@@ -80,3 +96,31 @@ async def test_it_leaves_no_connection_of_an_earlier_configuration_behind(upstre
             assert upstream.connections == number
             served.reload()
     await until(lambda: upstream.connections == 0)
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.native)])
+async def test_a_reload_reads_the_certificate_authorities_again(trust: Trust, tmp_path: Path, fast: bool) -> None:
+    ours, other = make_pair(tmp_path / "ours"), make_pair(tmp_path / "other")
+    async with FakeUpstream(ours.context()) as upstream, Served(upstream, fast=fast) as served:
+
+        async def answer_trusting(*pairs: Pair) -> int:
+            trust(*pairs)
+            served.reload()
+            return await served.ask()
+
+        assert await answer_trusting(other) == 503
+        assert await answer_trusting(other, ours) == 200
+        assert await answer_trusting() == 200, "none at all is a file that somebody is writing"
+        assert await answer_trusting(other) == 503
+        assert await answer_trusting(ours) == 200
+
+
+@pytest.mark.native
+async def test_kept_connections_outlive_a_reload_that_finds_the_same_authorities(trust: Trust, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path)
+    trust(pair)
+    async with FakeUpstream(pair.context()) as upstream, Served(upstream, fast=True) as served:
+        for _ in range(3):
+            served.reload()
+            assert await served.ask() == 200
+        assert upstream.connections == 1

@@ -15,7 +15,7 @@ import pytest
 
 from proxy.config import BackendConfig, ModelConfig, TimeoutsConfig
 from proxy.observe import lines
-from proxy.providers.tls import upstream_tls
+from proxy.providers.tls import AUTHORITIES
 from tests.certificates import Pair, SealedUpstream, expire, make_pair
 from tests.fakes import DONE, STREAM, FakeUpstream, chunk, hang, plain, stream, until
 from tests.proxy.server.conftest import Proxy
@@ -53,10 +53,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(autouse=True)
 def trusted(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
     """This one certificate is what upstreams are believed by."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(pair.cert))
-    upstream_tls.cache_clear()
-    yield
-    upstream_tls.cache_clear()
+    with monkeypatch.context() as within:
+        within.setenv("SSL_CERT_FILE", str(pair.cert))
+        AUTHORITIES.read_again()
+        yield
+    AUTHORITIES.read_again()
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ async def test_a_certificate_that_does_not_prove_the_name_is_refused_in_the_same
         expire(bad)
     if spoil != "unknown":
         monkeypatch.setenv("SSL_CERT_FILE", str(bad.cert))
-        upstream_tls.cache_clear()
+        AUTHORITIES.read_again()
     async with SealedUpstream(bad.context()).serving() as upstream:
         send_to(lanes, upstream.base_url)
         assert words in await refusal(lanes)
