@@ -25,7 +25,7 @@ class Stage(IntEnum):
     """Where a ticket stands in line for the memory."""
 
     BUSY = 0  # its model is loaded and full
-    LOADING = 1
+    LOADING = 1  # its model, or it wakes
     PLANNED = 2  # its model is the next to load
     QUEUED = 3  # other models go first
 

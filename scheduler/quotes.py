@@ -28,7 +28,7 @@ class Quotes:
         if model.state is Residency.READY:
             return Stage.BUSY, (ahead + 1) * service_s / max(1, model.in_flight)
         rounds_s = ahead // model.spec.max_sequences * service_s
-        if model.state is Residency.LOADING:
+        if model.state in (Residency.LOADING, Residency.WAKING):
             return Stage.LOADING, model.expected_load_s(now) + rounds_s
         planned, begin_s = self._placement.begins_in_s(model, now)
         return Stage.PLANNED if planned else Stage.QUEUED, begin_s + model.seconds_to_load + rounds_s

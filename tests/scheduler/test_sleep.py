@@ -21,7 +21,7 @@ from scheduler.events import (
     ProbeAnswered,
     UnloadAsked,
 )
-from scheduler.model import DeviceSpec, ModelSpec, Residency, SchedulerSettings, StopCause
+from scheduler.model import DeviceSpec, ModelSpec, Residency, SchedulerSettings, StopCause, Ticket
 from tests.scheduler.conftest import MiB, World, kinds
 
 GPU = DeviceSpec("gpu0", "nvidia", 1000 * MiB, frees_late=True)
@@ -124,6 +124,16 @@ def test_an_evicted_engine_sleeps_and_the_next_is_loaded_when_its_memory_is_seen
     card.held[a] = KEEPS
     assert kinds(card.read()) == ["load b"]
     assert card.state("a") is Residency.ASLEEP
+
+
+def test_who_waits_for_a_wake_is_told_what_is_left_of_it() -> None:
+    card = Card(a={"wake_estimate_s": 20.0}, b={})
+    _, b = asleep_beside_an_idle_one(card)
+    ticket = Ticket(card.arrive("a")[0], "a")
+    assert kinds(card.sleep(b)) == ["wake a"]
+    begun_s = card.now
+    assert card.core.quote(ticket, begun_s).eta.expected_s == pytest.approx(20.0)
+    assert card.core.quote(ticket, begun_s + 15.0).eta.expected_s == pytest.approx(5.0)
 
 
 def test_a_sleeper_is_woken_asked_and_serves(card: Card) -> None:
