@@ -12,7 +12,7 @@ from hashlib import sha256
 import msgspec
 
 from proxy.catalog.catalog import Catalog, Deployment
-from proxy.config import BackendConfig, Config, ConfigError, ModelConfig
+from proxy.config import BackendConfig, Config, ConfigError, ModelConfig, TimeoutsConfig
 from proxy.sizes import byte_size
 from scheduler.devices.base import Device
 from scheduler.devices.discover import discover
@@ -38,6 +38,9 @@ SIMULATED_SLEEP_KEEPS = 10  # a tenth of a simulated engine's memory stays where
 WARM_START_S, PLAIN_START_S, COMMAND_START_S = 3.0, 25.0, 15.0
 DISK_BYTES_PER_S = 1e9
 UNBOUNDED_KV_TOKENS = 1 << 40  # an engine whose KV cache we do not know: its sequences alone are counted
+# No cold model can meet a target for the first token: a wait counts as on time up to so many times its class's.
+INSTANT_PATIENCE, FAST_PATIENCE, STANDARD_PATIENCE, DELIBERATE_PATIENCE = 20.0, 10.0, 5.0, 3.0
+BATCH_PATIENCE_S = 120.0  # a class without a target
 
 
 class Local(msgspec.Struct, frozen=True):
@@ -66,8 +69,19 @@ def settings_of(config: Config) -> SchedulerSettings:
         pressure_threshold=config.devices.pressure_threshold,
         max_wait_s=config.timeouts.max_wait_s,
         max_waiting=config.limits.max_waiting,
+        patience_s=_patience_s(config.timeouts),
         sleep_memory_bytes=byte_size(config.devices.sleep_memory),
         anticipate=config.devices.anticipate,
+    )
+
+
+def _patience_s(targets: TimeoutsConfig) -> tuple[float, float, float, float, float]:
+    return (
+        INSTANT_PATIENCE * targets.instant_ms / 1000,
+        FAST_PATIENCE * targets.fast_ms / 1000,
+        STANDARD_PATIENCE * targets.standard_ms / 1000,
+        DELIBERATE_PATIENCE * targets.deliberate_ms / 1000,
+        BATCH_PATIENCE_S,
     )
 
 

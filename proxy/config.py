@@ -428,7 +428,8 @@ class DefaultsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class TimeoutsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Every wait has a limit. The class targets are first-token targets in milliseconds."""
+    """Every wait has a limit. A class's target is none: it says from when a wait is late, by which the scheduler orders
+    the loads of models."""
 
     connect_s: Annotated[float, Key("To connect to a backend.", above=0, high=3600)] = 5.0
     first_byte_s: Annotated[float, Key("From the request sent to the answer's first byte.", above=0, high=DAY_S)] = (
@@ -439,10 +440,18 @@ class TimeoutsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     read_body_s: Annotated[float, Key("For a client to send its request.", above=0, high=3600)] = 60.0
     write_stall_s: Annotated[float, Key("For a client that reads nothing of its answer.", above=0, high=DAY_S)] = 60.0
     max_wait_s: Annotated[float, Key("In the queue, a model's load included.", above=0, high=DAY_S)] = 600.0
-    instant_ms: Annotated[float, Key("First-token target of class instant.", above=0, high=DAY_MS)] = 100.0
-    fast_ms: Annotated[float, Key("First-token target of class fast.", above=0, high=DAY_MS)] = 500.0
-    standard_ms: Annotated[float, Key("First-token target of class standard.", above=0, high=DAY_MS)] = 2000.0
-    deliberate_ms: Annotated[float, Key("First-token target of class deliberate.", above=0, high=DAY_MS)] = 10_000.0
+    instant_ms: Annotated[
+        float, Key("First-token target of class instant; a wait of 20 times that is late.", low=1, high=DAY_MS)
+    ] = 100.0
+    fast_ms: Annotated[
+        float, Key("First-token target of class fast; a wait of 10 times that is late.", low=1, high=DAY_MS)
+    ] = 500.0
+    standard_ms: Annotated[
+        float, Key("First-token target of class standard; a wait of 5 times that is late.", low=1, high=DAY_MS)
+    ] = 2000.0
+    deliberate_ms: Annotated[
+        float, Key("First-token target of class deliberate; a wait of 3 times that is late.", low=1, high=DAY_MS)
+    ] = 10_000.0
 
 
 class KeyLimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -96,7 +96,7 @@ def model_folder(tmp_path: Path) -> Path:
         ("[devices]\npressure_threshold = 1.2", "devices.pressure_threshold is 1.2; use more than 0, up to 1"),
         ("[timeouts]\nidle_s = nan", "timeouts.idle_s is nan; use more than 0, up to 86400 seconds"),
         ("[timeouts]\nidle_s = inf", "timeouts.idle_s is inf; use more than 0, up to 86400 seconds"),
-        ("[timeouts]\nfast_ms = -1", "timeouts.fast_ms is -1; use more than 0, up to 86400000 milliseconds"),
+        ("[timeouts]\nidle_s = -1", "timeouts.idle_s is -1; use more than 0, up to 86400 seconds"),
         ("[defaults]\nlatency_class = 'fats'", 'defaults.latency_class is "fats"; did you mean fast?'),
         ("[server]\nlisten = '8080'",
          'server.listen is "8080"; use HOST:PORT, e.g. 127.0.0.1:8080, with a port of 0 to 65535'),
