@@ -10,19 +10,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NAMES = (
-    "weighted_semaphore",
-    "fair_queue",
-    "backlog",
-    "sse",
-    "rate_counters",
-    "body_scan",
-    "json_lines",
-    "tally",
-    "occupancy",
-    "relay",
-)
-PARTS = ("gate", "tls")  # of those, without a twin of their own
 # No fused multiply-add: the twins must agree to the last bit on every machine.
 FLAGS = [] if sys.platform == "win32" else ["-O3", "-std=c++17", "-ffp-contract=off"]
 
@@ -45,7 +32,7 @@ def shout(reason: str) -> None:
 
 
 def extensions() -> list[Extension]:
-    """One C++ extension per module; none where Cython is missing."""
+    """One C++ extension per .pyx file; none where Cython is missing."""
     try:
         from Cython.Build import cythonize
     except ImportError as error:
@@ -53,14 +40,14 @@ def extensions() -> list[Extension]:
         return []
     modules = [
         Extension(
-            f"ext._{name}",
-            [f"ext/_{name}.pyx"],
+            f"ext.{source.stem}",
+            [str(source)],
             language="c++",
             include_dirs=["ext"],
             depends=["ext/_text.h", "ext/_siphash.h"],
             extra_compile_args=FLAGS,
         )
-        for name in (*NAMES, *PARTS)
+        for source in sorted(Path("ext").glob("_*.pyx"))
     ]
     generated = cythonize(modules, build_dir="build/cython", compiler_directives={"language_level": "3"})
     for each in generated:

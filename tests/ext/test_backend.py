@@ -26,6 +26,12 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def test_every_twin_is_chosen_and_has_a_native_source_that_is_built():
+    folder = Path(backend.__file__).parent
+    assert sorted(backend.NAMES) == sorted(twin.stem[1:-3] for twin in folder.glob("_*_py.py"))
+    assert set(backend.NAMES) <= {source.stem[1:] for source in folder.glob("_*.pyx")}
+
+
 @pytest.mark.native
 def test_the_native_modules_were_built_and_are_what_runs():
     assert run(SHOW) == "native native | native"
@@ -84,7 +90,7 @@ def test_without_a_compiler_the_build_succeeds_says_so_and_leaves_the_twins(tmp_
         env=os.environ | {"CC": "/no/compiler", "CXX": "/no/compiler"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0
-    assert "native extensions not built: ext._weighted_semaphore, ext._fair_queue" in done.stderr
+    assert "native extensions not built: ext._backlog, ext._body_scan, " in done.stderr
     shown = subprocess.run(
         [sys.executable, "-c", ALONE + SHOW], cwd=tmp_path, capture_output=True, text=True, check=True
     )
