@@ -49,15 +49,19 @@ class Opening(msgspec.Struct, frozen=True):
 
     def core(self) -> Core:
         """A core as it was when the log was opened."""
-        return Core(
-            self.devices,
-            self.models,
-            self.settings,
-            engines_before=self.engines_before,
-            ordering=Regret(self.tail),
-            footprints=Footprints.of(self.footprints),
-            steps=self.steps,
-        )
+        return Core(**self.parts())
+
+    def parts(self) -> dict[str, Any]:
+        """The arguments of such a core, new ones at each call."""
+        return {
+            "devices": self.devices,
+            "models": self.models,
+            "settings": self.settings,
+            "engines_before": self.engines_before,
+            "ordering": Regret(self.tail),
+            "footprints": Footprints.of(self.footprints),
+            "steps": self.steps,
+        }
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -115,15 +119,7 @@ class RecordedCore(Core):
     """A core that writes its log. `opening` is what it is made of."""
 
     def __init__(self, opening: Opening, recorder: Recorder) -> None:
-        super().__init__(
-            opening.devices,
-            opening.models,
-            opening.settings,
-            engines_before=opening.engines_before,
-            ordering=Regret(opening.tail),
-            footprints=Footprints.of(opening.footprints),
-            steps=opening.steps,
-        )
+        super().__init__(**opening.parts())
         self._recorder = recorder
         self._inside = False  # a step that the core takes within a step is not an event of its own
 
