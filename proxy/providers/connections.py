@@ -151,7 +151,9 @@ class HttpUpstream:
 
 
 def why(error: Exception) -> str:
-    """An error in words."""
+    """An error in words; what the peer said is not among them, for they go to clients."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the connection was closed"  # the error itself holds all of the head that was there
     if isinstance(error.__cause__, ssl.SSLError):
         return tls_words.why(error.__cause__)
     return str(error) or type(error).__name__
