@@ -234,15 +234,17 @@ cdef enum Framing:
 
 cdef enum Chunk:
     SIZE = 0
-    EXTENSION = 1
-    SIZE_LF = 2
-    DATA = 3
-    DATA_CR = 4
-    DATA_LF = 5
-    TRAILER = 6
-    TRAILER_LINE = 7
-    TRAILER_LF = 8
-    LAST_LF = 9
+    PADDING = 1
+    EXTENSION = 2
+    SIZE_LF = 3
+    DATA = 4
+    DATA_CR = 5
+    DATA_LF = 6
+    TRAILER = 7
+    TRAILER_NAME = 8
+    TRAILER_LINE = 9
+    TRAILER_LF = 10
+    LAST_LF = 11
 
 
 cdef class Names:
@@ -2059,11 +2061,10 @@ cdef class Upstream(Conn):
                         return <size_t>-1
                 elif self._digits == 0:
                     return <size_t>-1
-                elif c == 13:
-                    self._chunk = SIZE_LF
-                elif c == 59 or c == 32 or c == 9:
-                    self._chunk = EXTENSION
-                else:
+                elif not self._after_size(c):
+                    return <size_t>-1
+            elif self._chunk == PADDING:
+                if not self._after_size(c):
                     return <size_t>-1
             elif self._chunk == EXTENSION:
                 if c == 13:
@@ -2084,8 +2085,13 @@ cdef class Upstream(Conn):
                     return <size_t>-1
                 self._chunk = SIZE
             elif self._chunk == TRAILER:
-                self._chunk = LAST_LF if c == 13 else TRAILER_LINE
+                self._chunk = LAST_LF if c == 13 else TRAILER_NAME
                 if not (c == 13 or vr_token(c)):
+                    return <size_t>-1
+            elif self._chunk == TRAILER_NAME:
+                if c == 58:
+                    self._chunk = TRAILER_LINE
+                elif not vr_token(c):
                     return <size_t>-1
             elif self._chunk == TRAILER_LINE:
                 if c == 13:
@@ -2103,6 +2109,18 @@ cdef class Upstream(Conn):
                 break
         used[0] = p - data
         return to - data
+
+    cdef bint _after_size(self, char c) noexcept:
+        """What may follow a chunk's size: its extensions, the line's end, and blanks before either."""
+        if c == 13:
+            self._chunk = SIZE_LF
+        elif c == 59:
+            self._chunk = EXTENSION
+        elif c == 32 or c == 9:
+            self._chunk = PADDING
+        else:
+            return False
+        return True
 
     cdef int _hold(self, const char* data, size_t size) except -1:
         """Add to what is held. `data` may lie in the same buffer, not before the end of what is held."""

@@ -187,7 +187,8 @@ class Answer:
         self.started = True
         outcome.status = status
         self._chunked = length is None and chunks
-        self._keeps = request.keep_alive and not self.last and (length is not None or chunks)
+        said = request.content.exception() is None  # else aiohttp closes: nobody knows where the next request begins
+        self._keeps = request.keep_alive and not self.last and said and (length is not None or chunks)
         framing = ""
         if self._chunked:
             framing = "Transfer-Encoding: chunked\r\n"

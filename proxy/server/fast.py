@@ -50,7 +50,7 @@ HANDSHAKE_S = 10.0  # of TLS, for a client
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
-FOREIGN = ("expect", "upgrade", "content-encoding", "trailer", "http2-settings", "x-vramp-")
+FOREIGN = ("expect", "upgrade", "content-encoding", "trailer", "http2-settings", "proxy-connection", "x-vramp-")
 
 
 class Known(msgspec.Struct, eq=False):

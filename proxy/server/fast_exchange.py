@@ -20,7 +20,7 @@ from proxy.server.handler import LEFT, Handler, Tried, cut_off_error, total_erro
 from proxy.server.head import Dates, head_of
 from proxy.server.journey import FAILOVER_STATUSES, AttemptFailed, EngineBroke, error_of, first_byte_error
 from proxy.server.packing import Packer
-from proxy.server.record import check_body, is_whole, record_body, record_stream, refusal_of, withholds_usage
+from proxy.server.record import begun, check_body, is_whole, record_body, record_stream, refusal_of, withholds_usage
 from proxy.server.relay import idle_error
 
 MOST_COMMENTS = 4096
@@ -77,7 +77,7 @@ class Exchange(msgspec.Struct, eq=False):
         somebody else may answer if this one fails: then it goes with the output, or not at all.
         """
         outcome, started = self.outcome, self.client.started
-        output = self.scanner is not None and bool(self.scanner.events)
+        output = self.scanner is not None and begun(self.scanner)
         if not output and not started and self.plan.may_fail_over:
             self.comments = (self.comments + events)[:MOST_COMMENTS]
             return b"", False

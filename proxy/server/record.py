@@ -24,6 +24,7 @@ PASSED = frozenset(
     {"content-type", "content-encoding", "retry-after", "retry-after-ms", "x-should-retry", "request-id"}
 )
 PASSED_PREFIXES = ("openai-", "x-ratelimit-", "anthropic-ratelimit-")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # which aiohttp's parser lets an upstream say, and nobody may
 _USAGE = re.compile(rb'"usage"\s*+:\s*+(\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\})')
 
 
@@ -71,7 +72,7 @@ def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     passed = {}
     for name, value in headers.items():
         lower = name.lower()
-        if lower in PASSED or lower.startswith(PASSED_PREFIXES):
+        if (lower in PASSED or lower.startswith(PASSED_PREFIXES)) and not _CONTROL.search(value):
             passed[lower] = value
     return passed
 
@@ -79,6 +80,11 @@ def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def withholds_usage(call: Call) -> bool:
     """Whether the chunk with a stream's usage is kept from the client, who did not ask for it."""
     return call.endpoint.path in WITH_STREAM_OPTIONS and not call.wants_usage
+
+
+def begun(scanner: EventScanner) -> bool:
+    """Whether a stream has said more than comments."""
+    return scanner.events > 0 or scanner.oversized
 
 
 def is_whole(call: Call, scanner: EventScanner) -> bool:

@@ -17,6 +17,7 @@ from proxy.providers.base import Broken, Upstream
 from proxy.server.answer import EVENT_STREAM, Answer
 from proxy.server.record import (
     TAIL,
+    begun,
     check_body,
     is_whole,
     passed_headers,
@@ -67,7 +68,7 @@ class Relay:
         try:
             async for chunk in upstream.chunks():
                 events = scanner.feed(chunk)
-                if events and not scanner.events:
+                if events and not begun(scanner):
                     await answer.pass_comment(events)  # the upstream's sign of life is no output yet
                 elif events:
                     if not answer.committed:

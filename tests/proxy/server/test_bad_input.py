@@ -150,7 +150,7 @@ async def test_a_body_that_is_not_in_its_coding_is_the_clients_fault_alone(
     proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     response = await proxy.session.post(CHAT, data=b"not gzip", headers={**JSON, "content-encoding": "gzip"})
-    assert response.status == 400
+    assert (response.status, response.headers["connection"]) == (400, "close")
     error = openai_error(await response.read())
     assert error["message"] == "The body cannot be read: Can not decode content-encoding: gzip."
     await proxy.still_works()

@@ -134,6 +134,10 @@ CALLS: dict[str, tuple[Any, bytes]] = {
     "a stream of comments": (stream(b": a\n\n", STREAM), request(call("far", stream=True))),
     "a stream without a last blank line": (stream(chunk("a", "stop").rstrip()), request(call(stream=True))),
     "a stream cut short": (PART, request(call(stream=True))),
+    "a first event that is too large to read": (
+        stream(b'data: {"x":"' + b"a" * (1 << 20), b'"}\n\n', STREAM),
+        request(call(stream=True)),
+    ),
     "an empty stream": (stream(b""), request(call("far", stream=True))),
     "a stream as JSON": (plain(), request(call(stream=True))),
     "events unasked": (stream(), request(call())),
@@ -508,6 +512,8 @@ async def test_a_stream_split_at_every_byte_is_one_stream(fast: Proxy, raw: RawU
         b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\nx\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}xx",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n2 2\r\n{}\r\n0\r\n\r\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nno trailer\r\n\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\n2\n{}\r\n",
         HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"f" * 17 + b"\r\n",
         HEAD + b"x: " + b"a" * 20_000,
@@ -722,3 +728,26 @@ async def test_a_connection_that_its_upstream_will_close_is_not_used_again(
     for _ in range(2):
         assert (await answer_to(fast, request(call()))).endswith(ANSWER)
     assert raw.connections == 2
+
+
+@pytest.mark.parametrize("lane", [0, 1], ids=["ordinary", "fast"])
+@pytest.mark.parametrize("byte", [b"\x00", b"\x1b", b"\x7f"])
+async def test_no_control_character_of_an_upstream_reaches_a_client(
+    lanes: Lanes, raw: RawUpstream, lane: int, byte: bytes
+) -> None:
+    """The relay takes that for no HTTP, aiohttp's parser for a header."""
+    lanes[lane].scheduler.base_url = lanes[1].scheduler.base_url
+    raw.answer = raw.pieces(lengthy(ANSWER).replace(b"\r\n\r\n", b"\r\nopenai-version: 1" + byte + b"2\r\n\r\n"))
+    head = (await answer_to(lanes[lane], request(call()))).partition(b"\r\n\r\n")[0]
+    assert byte not in head
+    lanes[lane].scheduler.base_url = lanes[lane].upstream.base_url
+
+
+async def test_an_upstream_that_goes_in_its_head_is_told_without_what_it_said(lanes: Lanes, raw: RawUpstream) -> None:
+    lanes[0].scheduler.base_url = lanes[1].scheduler.base_url
+    raw.answer = raw.pieces(HEAD + b"set-cookie: secret\r\nx-long", close=True)
+    answer = await answer_to(lanes[0], request(call()))
+    assert answer.startswith(b"HTTP/1.1 502 ")
+    assert b"the connection was closed" in answer
+    assert b"secret" not in answer
+    lanes[0].scheduler.base_url = lanes[0].upstream.base_url
