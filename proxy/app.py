@@ -163,8 +163,12 @@ class App:
         if self._start.record is None:
             return opening.core()
         path = free_path(self._start.record)
-        full = f"{path} is full: nothing is recorded any more; what it has can be replayed"
-        self._recorder = Recorder(path, opening, on_full=lambda: log.warning(full))
+        ended = "nothing is recorded in %s any more: %s; what it has can be replayed"
+        try:
+            self._recorder = Recorder(path, opening, on_end=lambda why: log.warning(ended, path, why))
+        except OSError as error:  # a server that comes back after a crash is worth more than its log
+            log.error("nothing is recorded: %s cannot be written (%s)", path, error.strerror)
+            return opening.core()
         log.info("every decision is recorded in %s; `vramp simulate --replay` runs it again", path)
         return RecordedCore(opening, self._recorder)
 

@@ -18,7 +18,7 @@ import click
 from proxy.config import Config, ConfigError, ModelConfig
 from proxy.config_load import Loaded, Start, load_start
 from proxy.config_secrets import secrets_of
-from proxy.preflight import preflight
+from proxy.preflight import check_record, preflight
 from scheduler.engines.keeper_systemd import passed_names
 from scheduler.engines.reaper import reap
 
@@ -39,7 +39,7 @@ def serve(start: Start) -> NoReturn:
     if left:
         named = ", ".join(f"{process.pid} ({process.command[:60]})" for process in left)
         _say(f"ended what an earlier vramp left when it was killed: {named}", fatal=False)
-    findings = preflight(loaded.config, passed=passed_names())
+    findings = [*check_record(start.record), *preflight(loaded.config, passed=passed_names())]
     for finding in findings:
         _say(finding.says, fatal=finding.fatal)
     if any(finding.fatal for finding in findings):

@@ -169,7 +169,9 @@ def _folder(at: str, model: ModelConfig) -> Iterator[Problem]:
 def _groups(models: tuple[ModelConfig, ...], backends: dict[str, BackendConfig]) -> Iterator[Problem]:
     local = [model.id for model in models if model.backend in backends and backends[model.backend].kind in LOCAL_KINDS]
     for name in _twice(local):
-        yield Problem(f"models[{name}]", "runs on two local backends; keep one of them, or give the other its own id")
+        yield Problem(
+            f"models[{name}]", "is given for two local engines; keep one of them, or give the other its own id"
+        )
 
 
 def _limits(config: Config) -> Iterator[Problem]:

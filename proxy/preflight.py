@@ -168,6 +168,19 @@ def check_files(config: Config) -> Iterator[Finding]:
             yield Finding(f'{key} is "{path}", and {there} cannot be written; name a file in a folder of your own')
 
 
+def check_record(path: str | None) -> Iterator[Finding]:
+    """Whether the log of decisions that the command line asks for can be made."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir():
+        yield Finding(f"--record is {path}, which is a folder; name a file in it")
+    elif not folder.is_dir():
+        yield Finding(f"--record is {path}, and there is no folder {folder}; make it, or name another place")
+    elif not os.access(folder, os.W_OK):
+        yield Finding(f"--record is {path}, and {folder} cannot be written; name a file in a folder of your own")
+
+
 def check_memory(config: Config, devices: Sequence[DeviceSpec], host: HostMemory) -> Iterator[Finding]:
     """Whether the devices named are there, and the budget and each model fit."""
     places: dict[str, list[DeviceSpec]] = {}

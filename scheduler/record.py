@@ -10,6 +10,7 @@ A `RecordedCore` is a `Core`: whoever does not record pays nothing for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -79,18 +80,21 @@ def free_path(path: str | Path) -> Path:
 
 
 class Recorder:
-    """Writes a log. Stops for good at `most_bytes`, and says so to `on_full`: what is there stays replayable, and the
-    disk does not fill."""
+    """Writes a log. Stops for good at `most_bytes`, so that the disk does not fill, or when it cannot be written, and
+    says why to `on_end`. What is there stays replayable.
+
+    To write never raises: the core has decided by then, and a decision that its shell is not told is lost.
+    """
 
     def __init__(
         self,
         path: str | Path,
         opening: Opening,
         most_bytes: int = MOST_BYTES,
-        on_full: Callable[[], None] = lambda: None,
+        on_end: Callable[[str], None] = lambda _why: None,
     ) -> None:
-        """Raises OSError."""
-        self._on_full = on_full
+        """Raises OSError where there can be no such file."""
+        self._on_end = on_end
         self._file: BinaryIO = Path(path).open("wb")  # noqa: SIM115 - lives as long as the server
         self._left = most_bytes
         self._encoder = msgspec.msgpack.Encoder()
@@ -101,8 +105,9 @@ class Recorder:
         self._write((now, _named(event), [_named(command) for command in commands]))
 
     def close(self) -> None:
-        """Everything is on its way to the disk."""
-        self._file.close()
+        """Everything is on its way to the disk, as far as it takes it."""
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, value: object) -> None:
         if self._left < 0:
@@ -110,9 +115,13 @@ class Recorder:
         data = self._encoder.encode(value)
         self._left -= LENGTH_BYTES + len(data)
         if self._left < 0:
-            self._on_full()
-        else:
+            self._on_end("it is full")
+            return
+        try:
             self._file.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+        except OSError as error:
+            self._left = -1
+            self._on_end(error.strerror or str(error))
 
 
 class RecordedCore(Core):

@@ -181,7 +181,7 @@ def test_a_key_that_the_structs_do_not_allow_is_refused_with_its_remedy(text: st
          "models[demo-chat].memory_bytes is 12GiB, and the largest device for it has 8GiB; "
          "use a smaller model, or raise the device's memory"),
         (CHAT + "[[models]]\nid='demo-chat'\nbackend='local'\nmemory_bytes='1GiB'",
-         "models[demo-chat] runs on two local backends; keep one of them, or give the other its own id"),
+         "models[demo-chat] is given for two local engines; keep one of them, or give the other its own id"),
         (CHAT.replace("2GiB", "5GiB") + "pinned=true\n[[models]]\nid='b'\nbackend='local'\n"
          "memory_bytes='4GiB'\npinned=true",
          "models[demo-chat, b].pinned together need 9GiB, and there is 8GiB; unpin one"),
@@ -389,7 +389,7 @@ def test_two_folders_of_one_name_are_refused(model_folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_start(Start(models=(str(model_folder), str(model_folder))))
     assert caught.value.problems == [
-        "--model: models[tiny] runs on two local backends; keep one of them, or give the other its own id"
+        "--model: models[tiny] is given for two local engines; keep one of them, or give the other its own id"
     ]
 
 

@@ -180,6 +180,21 @@ def test_a_full_disk_is_warned_about_and_then_refused(
     ]
 
 
+def test_a_log_of_decisions_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, lost = tmp_path / "log", tmp_path / "no" / "log"
+    assert says(preflight.check_record(None)) == says(preflight.check_record(str(log))) == []
+    assert says(preflight.check_record(str(tmp_path))) == [
+        f"--record is {tmp_path}, which is a folder; name a file in it"
+    ]
+    assert says(preflight.check_record(str(lost))) == [
+        f"--record is {lost}, and there is no folder {lost.parent}; make it, or name another place"
+    ]
+    monkeypatch.setattr("os.access", lambda *_args: False)
+    assert says(preflight.check_record(str(log))) == [
+        f"--record is {log}, and {tmp_path} cannot be written; name a file in a folder of your own"
+    ]
+
+
 def test_a_budget_above_the_machine_is_refused_and_above_the_free_memory_warned_about() -> None:
     config = vllm(model(memory_bytes="1GiB"), host_memory="128GiB")
     assert list(preflight.check_memory(config, [HOST], ROOMY)) == [

@@ -67,12 +67,23 @@ def test_a_log_that_was_cut_off_is_whole_up_to_its_last_entry(tmp_path: Path) ->
 
 def test_a_log_that_stops_at_its_limit_says_so_once(tmp_path: Path) -> None:
     said: list[str] = []
-    recorder = Recorder(tmp_path / "log", OPENING, most_bytes=2000, on_full=lambda: said.append("full"))
+    recorder = Recorder(tmp_path / "log", OPENING, most_bytes=2000, on_end=said.append)
     core = RecordedCore(OPENING, recorder)
     for number in range(100):
         core.arrive(Ticket(number, "a"), float(number))
     recorder.close()
-    assert said == ["full"]
+    assert said == ["it is full"]
+
+
+def test_a_disk_that_is_full_ends_the_log_and_nothing_else() -> None:
+    said: list[str] = []
+    recorder = Recorder("/dev/full", OPENING, on_end=said.append)
+    core, plain = RecordedCore(OPENING, recorder), OPENING.core()
+    for number in range(1000):
+        ticket = Ticket(number, "a")
+        assert core.arrive(ticket, float(number)) == plain.arrive(ticket, float(number))
+    recorder.close()
+    assert said == ["No space left on device"]
 
 
 def test_a_log_stops_at_its_limit_and_stays_good(tmp_path: Path) -> None:
