@@ -176,6 +176,8 @@ class Placement:
                 free += self._lends(ledger, model)
                 if model.state is Residency.WAKING:
                     link_free_s = now + model.expected_load_s(now)
+                elif self._has_slept(engine) and not model.spec.pinned:
+                    residents.append((model, _kept(model)))  # the sleeper that it would be had nobody guessed
             elif model.state in (Residency.LOADING, Residency.WAKING):
                 link_free_s = now + model.expected_load_s(now)
             elif model.state is Residency.STOPPING or (
@@ -248,7 +250,8 @@ class Placement:
             if victim.state is Residency.STOPPING:
                 continue  # a sleeper that has just lost its host memory to another of these victims
             why = f"{reason} ({_use(victim, now)})"
-            leave = self.stop if victim in ended else self._leave
+            # what a guess lends comes back by itself: one that is a victim has to give what it would keep asleep
+            leave = self.stop if victim in ended or victim.guessed else self._leave
             out += leave(victim, StopCause.EVICTED, why)
         out += self._withdraw_for(wanted, group)
         if not victims and all(each.free >= wanted.need_bytes for each in group):
@@ -374,7 +377,7 @@ class Placement:
             here = [each for each in victims if each.engine is not None and ledger.spec.name in each.engine.devices]
             sleepers = [victim for victim in here if victim.kept_bytes and victim not in ended]
             missing = wanted.need_bytes - ledger.free - self._leaving(ledger) - self._unasked(ledger)
-            missing -= sum(ledger.held_by(each.engine.id) for each in here if each.engine is not None)
+            missing -= sum(self._held(ledger, each) for each in here)
             missing += sum(victim.kept_bytes for victim in sleepers)
             for victim in sorted(sleepers, key=lambda each: each.load_s - each.wake_s):
                 if missing > 0:
@@ -509,6 +512,12 @@ class Placement:
         assert engine is not None
         kept = _kept(model) if self._has_slept(engine) else 0
         return max(0, ledger.held_by(engine.id) - kept)
+
+    def _held(self, ledger: DeviceLedger, victim: ModelState) -> int:
+        """Bytes of a victim there, less what it lends."""
+        engine = victim.engine
+        assert engine is not None
+        return _kept(victim) if victim.guessed else ledger.held_by(engine.id)
 
     def _lent(self, ledger: DeviceLedger) -> int:
         return sum(self._lends(ledger, model) for model in self.guesses.leaving_or_on(ledger))

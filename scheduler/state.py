@@ -249,16 +249,16 @@ class ModelState:
 
     @property
     def loss_s(self) -> float:
-        """Seconds by which its next use is late if it is evicted now. A sleeper is stopped then: it would have had to
-        wake anyway. O(1)."""
-        if self.state is Residency.ASLEEP:
+        """Seconds by which its next use is late if it is evicted now. A sleeper is stopped then, and so is one that was
+        woken on a guess: it would have had to wake anyway. O(1)."""
+        if self.state is Residency.ASLEEP or self.guessed:
             return max(0.0, self.load_s - self.wake_s)
         return self.return_s
 
     @property
     def kept_bytes(self) -> int:
         """What an eviction now would leave of it on each of its devices: what it keeps asleep, if it would sleep."""
-        if not self.can_sleep or self.engine is None:
+        if not self.can_sleep or self.engine is None or self.guessed:
             return 0
         has_room = self._sleep_memory.has_room(self.engine.id, self.spec.sleep_host_bytes)
         return self.spec.sleep_keeps_bytes or 0 if has_room else 0

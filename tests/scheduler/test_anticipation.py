@@ -476,7 +476,7 @@ class Sleepers:
 
 def sleeping() -> Sleepers:
     """`a` sleeps and is often asked for; `b`, which took its memory, has been unloaded."""
-    sleepers = Sleepers(a=700, b=700, c=280)
+    sleepers = Sleepers(a=700, b=700, c=280, all=995)
     sleepers.serve("a", times=5)
     sleepers.serve("b")
     sleepers.obey(sleepers.world.step(UnloadAsked("b")))
@@ -511,6 +511,17 @@ def test_beside_a_guessed_wake_a_load_that_fits_takes_nothing_from_it() -> None:
     assert sleepers.world.arrive("c")[1] == []
     assert kinds(sleepers.wake(wake)) == ["load c"]
     assert sleepers.state("a") is Residency.READY
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+def test_a_guess_gives_up_what_it_would_keep_asleep_too(guessed: bool) -> None:
+    sleepers = sleeping()
+    if guessed:
+        (wake,) = look(sleepers.world)
+        sleepers.wake(wake)
+    _, commands = sleepers.world.arrive("all")
+    assert kinds(commands) == ["stop a"]
+    assert kinds(sleepers.obey(commands)) == ["load all"]
 
 
 # ----------------------------------------------------------- what a guess costs
