@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Final, TypeVar
@@ -200,6 +201,9 @@ class AdminClient:
     def _unreachable(self, error: Exception) -> AdminError:
         if isinstance(error, TimeoutError):
             return AdminError(f"{self.address} does not answer; see the server's log")
+        if isinstance(error, ssl.SSLError):
+            why = getattr(error, "verify_message", None) or error.reason or error
+            return AdminError(f"no TLS with {self.address} ({why}); vramp's own admin_listen has none: use http://")
         return UnreachableError(
             f"nothing listens on {self.address} ({getattr(error, 'strerror', None) or error}); start it with "
             "`vramp serve`, or name another address with --admin or VRAMP_ADMIN"

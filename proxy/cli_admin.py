@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
@@ -57,21 +58,28 @@ def show_status(client: AdminClient, as_json: bool) -> None:
 
 
 def watch_status(client: AdminClient, pause: Callable[[float], None] = time.sleep) -> None:
-    """Redraws the status each second until Ctrl-C. Goes on while the server is away: that is when one watches."""
+    """Redraws the status each second until Ctrl-C. Goes on while the server is away: that is when one watches.
+
+    Where nothing can be redrawn (a pipe, a file, TERM=dumb) one follows the other.
+    """
     from rich.live import Live  # noqa: PLC0415 - as above
 
     from proxy.cli_views import console, message_view, status_view  # noqa: PLC0415 - as above
 
     out = console()
-    try:
-        with Live(console=out, screen=out.is_terminal, auto_refresh=False) as live:
-            while True:
-                state = _status_or_reason(client)
-                view = message_view(state) if isinstance(state, str) else status_view(state)
+    redraws = out.is_terminal and not out.is_dumb_terminal
+    with (
+        suppress(KeyboardInterrupt),
+        Live(console=out, screen=True, auto_refresh=False) if redraws else nullcontext() as live,
+    ):
+        while True:
+            state = _status_or_reason(client)
+            view = message_view(state) if isinstance(state, str) else status_view(state)
+            if live is None:
+                out.print(view)
+            else:
                 live.update(view, refresh=True)
-                pause(WATCH_S)
-    except KeyboardInterrupt:
-        return
+            pause(WATCH_S)
 
 
 @_failing_plainly

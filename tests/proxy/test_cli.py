@@ -293,6 +293,25 @@ def test_watch_goes_on_while_the_server_is_away(admin: FakeAdmin, capsys: pytest
     assert "waiting: 5 standard" in capsys.readouterr().out
 
 
+def test_watching_from_a_pipe_shows_each_status_as_it_is(admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[str] = []
+
+    def pause(_seconds: float) -> None:
+        shown.append(capsys.readouterr().out)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    watch_status(AdminClient(admin.address), pause)
+    assert ["demo-chat" in text for text in shown] == [True, True]
+
+
+def test_tls_to_a_server_that_has_none_is_not_a_server_that_is_away(admin: FakeAdmin) -> None:
+    result = CliRunner().invoke(main, ["status", "--admin", f"https://{admin.address}"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: no TLS with {admin.address} (")
+    assert result.stderr.endswith("); vramp's own admin_listen has none: use http://\n")
+
+
 def test_watch_and_json_exclude_each_other(admin: FakeAdmin) -> None:
     assert admin.run("status", "--watch", "--json").exit_code == 2
 
