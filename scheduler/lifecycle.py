@@ -51,7 +51,7 @@ class Lifecycle:
         self._books.start_over(model.engine)
         model.took(event.load_seconds)
         _charge_load(model, event.load_seconds)
-        if model.state is Residency.WAKING or self._placement.may_sleep(model):
+        if model.state is Residency.WAKING or self._placement.sleepers.may(model):
             return [Probe(event.engine_id)]
         return self._now_ready(model, now)
 
@@ -98,7 +98,7 @@ class Lifecycle:
         engine = model.engine
         assert engine is not None
         engine.was_ready = True
-        self._placement.asleep(model)
+        self._placement.sleepers.asleep(model)
         if model.spec.sleep_keeps_bytes is None or not self._books.sleep_memory.take(
             engine.id, model.spec.sleep_host_bytes
         ):
@@ -130,7 +130,7 @@ class Lifecycle:
             self._keep_awake(model, now)
             return self._placement.stop(model, StopCause.EVICTED, f"it could not be put to sleep: {error}")
         if self._books.departures.answered(model.engine, now):
-            self._placement.asleep(model)
+            self._placement.sleepers.asleep(model)
         return []
 
     def failed(self, event: EngineFailed, now: float) -> list[Command]:
@@ -215,7 +215,7 @@ class Lifecycle:
     def _gave_back(self, model: ModelState, now: float) -> list[Command]:
         if model.state is not Residency.SUSPENDING:
             return self._departed(model, now)
-        self._placement.asleep(model)
+        self._placement.sleepers.asleep(model)
         return []
 
     def fall_over(self, engine_id: str, now: float) -> list[Command]:

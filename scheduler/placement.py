@@ -8,8 +8,8 @@ and no engine leaves a device while one is under way.
 An engine that needs several devices takes all of them at once or none: it waits for nothing while it holds something,
 so two can never wait for each other. The first of them chooses for all, before the others choose for themselves.
 
-What is there, and what is promised to whom, is in the books (`scheduler.books`). Knows nothing of tickets. Cost: `plan`
-is O(models log models); everything else O(models) at most.
+What is there, and what is promised to whom, is in the books (`scheduler.books`); what sleep and guesses give back, in
+`scheduler.sleepers`. Knows nothing of tickets. Cost: `plan` is O(models log models); everything else O(models) at most.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from scheduler.ledger import DeviceLedger, readable_size
 from scheduler.model import LatencyClass, Residency, SchedulerSettings, StopCause
 from scheduler.ordering import Choice, Ordering, Scene
 from scheduler.sequences import Sequences
+from scheduler.sleepers import Sleepers, kept
 from scheduler.state import EngineState, Guess, ModelState
 
 HELD_S = 0.5  # a load that is held back is thought over again after so long, if nothing happens before
@@ -57,6 +58,7 @@ class Placement:
         self.guesses = Guesses()
         self.sequences = Sequences(self._answered_s)
         self.holding = Holding(self.sequences)
+        self.sleepers = Sleepers(books, self.guesses)
 
     def configure(self, settings: SchedulerSettings) -> None:
         """Settings that hold from now on."""
@@ -119,7 +121,7 @@ class Placement:
                 each.spec.name not in self._made_room_for,
                 each.spec.name not in first,
                 self._starts(each),
-                -each.free - self._lent(each),
+                -each.free - self.sleepers.lent(each),
             ),
         )
 
@@ -173,11 +175,11 @@ class Placement:
             if engine is None or ledger.spec.name not in engine.devices:
                 continue
             if engine.guess is not None and model.guessed:
-                free += self._lends(ledger, model)
+                free += self.sleepers.lends(ledger, model)
                 if model.state is Residency.WAKING:
                     link_free_s = now + model.expected_load_s(now)
-                elif self._has_slept(engine) and not model.spec.pinned:
-                    residents.append((model, _kept(model)))  # the sleeper that it would be had nobody guessed
+                elif self.sleepers.has_slept(engine) and not model.spec.pinned:
+                    residents.append((model, kept(model)))  # the sleeper that it would be had nobody guessed
             elif model.state in (Residency.LOADING, Residency.WAKING):
                 link_free_s = now + model.expected_load_s(now)
             elif model.state is Residency.STOPPING or (
@@ -185,7 +187,7 @@ class Placement:
             ):
                 free += ledger.held_by(engine.id)
             elif model.state is Residency.SUSPENDING:
-                free += ledger.held_by(engine.id) - _kept(model)
+                free += ledger.held_by(engine.id) - kept(model)
             elif not model.spec.pinned:
                 residents.append((model, ledger.held_by(engine.id)))
         return Scene(
@@ -244,7 +246,7 @@ class Placement:
         if victims:
             self._made_room_for[ledger.spec.name] = wanted.spec.name
             reason += self.holding.over(wanted, now)
-        ended = self._not_to_sleep(victims, wanted, group)
+        ended = self.sleepers.not_to_sleep(victims, wanted, group)
         for victim, candidate in zip(victims, choice.victims, strict=True):
             self.eviction.evicted(candidate)
             if victim.state is Residency.STOPPING:
@@ -361,61 +363,19 @@ class Placement:
         if cause not in SLEEPS or not model.can_sleep:
             return self.stop(model, cause, why)
         if not self._books.sleep_memory.take(engine.id, model.spec.sleep_host_bytes):
-            return self.stop(model, cause, why) + self._room_to_sleep(model)
+            return self.stop(model, cause, why) + self._end_older(model)
         self._books.departures.begin(engine, keeps=model.spec.sleep_keeps_bytes)
         model.move(Residency.SUSPENDING)
         model.note = why
         return [Sleep(engine.id, cause, why)]
 
-    def _not_to_sleep(
-        self, victims: Sequence[ModelState], wanted: ModelState, group: Sequence[DeviceLedger]
-    ) -> set[ModelState]:
-        """Victims that are stopped although they could sleep, because what they would keep is needed as well; those
-        that lose least by it. O(models x devices)."""
-        ended: set[ModelState] = set()
-        for ledger in group if any(victim.kept_bytes for victim in victims) else ():
-            here = [each for each in victims if each.engine is not None and ledger.spec.name in each.engine.devices]
-            sleepers = [victim for victim in here if victim.kept_bytes and victim not in ended]
-            missing = wanted.need_bytes - ledger.free - self._leaving(ledger) - self._unasked(ledger)
-            missing -= sum(self._held(ledger, each) for each in here)
-            missing += sum(victim.kept_bytes for victim in sleepers)
-            for victim in sorted(sleepers, key=lambda each: each.load_s - each.wake_s):
-                if missing > 0:
-                    missing -= victim.kept_bytes
-                    ended.add(victim)
-        return ended
-
-    def _room_to_sleep(self, model: ModelState) -> list[Command]:
-        """Host memory for the next time: the sleepers that nobody has used for longest go, if that is long enough. Not
-        for this time: their memory is not there until they have gone, and this one's is wanted now."""
-        missing = self._books.sleep_memory.held + model.spec.sleep_host_bytes - self._books.sleep_memory.budget
-        older = [
-            other
-            for other in self._books.engaged()
-            if other.state is Residency.ASLEEP
-            and not other.wanted
-            and other.last_used_s < model.last_used_s
-            and not self._books.start_beside(other)
-        ]
+    def _end_older(self, model: ModelState) -> list[Command]:
+        """Host memory for this one's next sleep. Not for this time: what it takes is not there until others have gone,
+        and this one's memory is wanted now."""
         out: list[Command] = []
-        for sleeper in sorted(older, key=lambda each: each.last_used_s):
-            if missing <= 0:
-                break
-            missing -= self._books.sleep_memory.share(sleeper.engine.id) if sleeper.engine is not None else 0
+        for sleeper in self.sleepers.older(model):
             out += self.stop(sleeper, StopCause.EVICTED, f"its host memory is wanted by {model.spec.name}")
         return out
-
-    def may_sleep(self, model: ModelState) -> bool:
-        """Whether its engine may be put to sleep one day, and must be asked now what it says awake."""
-        return model.spec.sleep_keeps_bytes is not None and self._books.sleep_memory.budget > 0
-
-    def asleep(self, model: ModelState) -> None:
-        """The readings confirm that it sleeps."""
-        engine = model.engine
-        assert engine is not None
-        for ledger in self._books.ledgers(engine):
-            ledger.resize(engine.id, _kept(model))
-        model.move(Residency.ASLEEP)
 
     def stop(self, model: ModelState, cause: StopCause, why: str, *, force: bool = False) -> list[Command]:
         """End the model's engine: nothing is in flight there, or nobody may wait for that."""
@@ -442,7 +402,7 @@ class Placement:
             if ledger.starting is not None:
                 continue
             for model in sorted(self._idle_on(name), key=lambda m: (not m.guessed, m.last_used_s)):
-                if full - self._leaving(ledger) <= allowed:
+                if full - self.sleepers.leaving(ledger) <= allowed:
                     break
                 share = full / ledger.spec.capacity_bytes
                 why = f"{name} is {share:.0%} full (pressure_threshold), idle the longest"
@@ -455,16 +415,6 @@ class Placement:
             for model in self._models.values()
             if model.idle and not model.spec.pinned and model.engine is not None and device in model.engine.devices
         ]
-
-    def _leaving(self, ledger: DeviceLedger) -> int:
-        """Bytes of engines that are on their way out of the device."""
-        total = 0
-        for model in self._models.values():
-            if model.state in (Residency.STOPPING, Residency.SUSPENDING) and model.engine is not None:
-                holding = ledger.holding(model.engine.id)
-                kept = _kept(model) if model.state is Residency.SUSPENDING else 0
-                total += holding.held - kept if holding is not None else 0
-        return total
 
     def _replace_outdated(self) -> list[Command]:
         out: list[Command] = []
@@ -506,29 +456,6 @@ class Placement:
         model = self._books.by_engine(engine_id)
         return model is not None and model.state is Residency.LOADING and model.guessed
 
-    def _lends(self, ledger: DeviceLedger, model: ModelState) -> int:
-        """Bytes of a guessed engine that a plan may count on: all that it would not hold had nobody guessed."""
-        engine = model.engine
-        assert engine is not None
-        kept = _kept(model) if self._has_slept(engine) else 0
-        return max(0, ledger.held_by(engine.id) - kept)
-
-    def _held(self, ledger: DeviceLedger, victim: ModelState) -> int:
-        """Bytes of a victim there, less what it lends."""
-        engine = victim.engine
-        assert engine is not None
-        return _kept(victim) if victim.guessed else ledger.held_by(engine.id)
-
-    def _lent(self, ledger: DeviceLedger) -> int:
-        return sum(self._lends(ledger, model) for model in self.guesses.leaving_or_on(ledger))
-
-    def _unasked(self, ledger: DeviceLedger) -> int:
-        """What guesses that can be withdrawn would give back."""
-        return sum(self._lends(ledger, model) for model in self.guesses.on(ledger))
-
-    def _has_slept(self, engine: EngineState) -> bool:
-        return self._books.sleep_memory.share(engine.id) > 0
-
     def break_off(self, ledgers: Iterable[DeviceLedger], why: str) -> list[Command]:
         """End the guessed loads that are under way there."""
         out: list[Command] = []
@@ -542,10 +469,10 @@ class Placement:
         """Guessed engines go as far as the memory is short without theirs; the oldest guess first."""
         out: list[Command] = []
         for ledger in group if len(self.guesses) else ():
-            missing = wanted.need_bytes - ledger.free - self._leaving(ledger)
+            missing = wanted.need_bytes - ledger.free - self.sleepers.leaving(ledger)
             for model in list(self.guesses.on(ledger)):
                 if missing > 0 and model.state is not Residency.WAKING:
-                    missing -= self._lends(ledger, model)
+                    missing -= self.sleepers.lends(ledger, model)
                     out += self._withdraw(model, f"{wanted.spec.name} needs its memory")
         return out
 
@@ -555,7 +482,7 @@ class Placement:
         engine = model.engine
         assert engine is not None
         why = f"{why}, and nobody has asked for {model.spec.name}"
-        if model.state is Residency.READY and self._has_slept(engine):
+        if model.state is Residency.READY and self.sleepers.has_slept(engine):
             return self._leave(model, StopCause.WITHDRAWN, why)
         return self.stop(model, StopCause.WITHDRAWN, why, force=True)
 
@@ -582,11 +509,6 @@ def _asked(model: ModelState) -> str:
     if guess is not None:
         return f"guessed: {guess.why}"
     return "an operator asked for it" if model.wanted_order is not None else f"{len(model.queue)} waiting"
-
-
-def _kept(model: ModelState) -> int:
-    """What stays on each of its devices while it sleeps."""
-    return model.spec.sleep_keeps_bytes or 0
 
 
 def _use(model: ModelState, now: float) -> str:
