@@ -30,8 +30,6 @@ async def read_body(request: web.BaseRequest, max_bytes: int, timeout_s: float) 
     except TimeoutError:
         raise RequestTimedOut(f"The body did not arrive in {timeout_s:g} s ([timeouts] read_body_s).") from None
     except RequestPayloadError as error:
-        # aiohttp would read on after the answer, meet the same error, and log it as a fault of the server
-        content.feed_eof()
         why = str(error).rpartition("\n")[2].strip().rstrip(".")
         raise InvalidRequest(f"The body cannot be read: {why}.") from None
 

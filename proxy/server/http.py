@@ -19,7 +19,7 @@ from typing import Protocol as Interface
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from ext.relay import Relay
 from proxy.errors import CallError, HeadersTooLarge, InvalidRequest
@@ -126,6 +126,12 @@ class Protocol(RequestHandler):
             return response
 
         return refuse
+
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        """A body that is not coded as it says was refused, or not asked for. aiohttp reads it after the answer to be
+        rid of it, and would log that as a fault of the server."""
+        if not isinstance(more.get("exc_info"), RequestPayloadError):
+            super().log_exception(*args, **more)
 
     def handle_error(
         self,

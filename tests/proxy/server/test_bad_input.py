@@ -157,6 +157,14 @@ async def test_a_body_that_is_not_in_its_coding_is_the_clients_fault_alone(
     assert not caplog.records, "a client can fill the log with tracebacks"
 
 
+async def test_a_body_that_nobody_reads_is_not_looked_into(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    response = await proxy.session.post("/nowhere", data=b"not gzip", headers={**JSON, "content-encoding": "gzip"})
+    assert response.status == 404
+    await proxy.settled()
+    await asyncio.sleep(0.01)  # until what is left of the request was dropped
+    assert not caplog.records, "a client can fill the log with tracebacks"
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [
