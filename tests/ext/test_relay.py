@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import select
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +407,26 @@ def test_what_is_recognised_is_what_aiohttp_reads(
     for name, value in headers.items():
         assert read[0][2][name] == value
     assert chunked or int(read[0][2]["content-length"]) == len(body)
+
+
+@pytest.mark.slow
+def test_without_descriptors_clients_wait_in_the_listen_queue() -> None:
+    """The listener is not asked again and again meanwhile, and takes them when there are some."""
+    harness = Harness()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_connection(harness.address) as client:
+        client.sendall(RECOGNISED["plain"])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            harness.relay.pump()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not harness.pump(0.01), "nothing is ready until it is looked again"
+        for _ in range(100):
+            time.sleep(0.02)
+            harness.relay.tick()
+            harness.pump(0.0)
+            if harness.owner.seen:
+                break
+    assert [body for _, _, body in harness.owner.seen] == [BODY]
+    harness.relay.close()

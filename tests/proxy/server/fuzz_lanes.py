@@ -6,7 +6,7 @@ random bytes, in random pieces, to calls that go down the ordinary lane, by a de
 says is read here by a strict reader of HTTP/1.1, and after each odd answer the same connection must give the right
 answer to another call. The suite takes a few seeds (`test_fuzz_lanes.py`); by hand:
 
-    python -m tests.proxy.server.fuzz_lanes --seconds 600 --seed 1
+    python -m tests.proxy.server.fuzz_lanes --seconds 600 --seed 1 [--tls]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import random
 import re
+import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -32,6 +33,7 @@ import uvloop
 from proxy.config import TimeoutsConfig
 from proxy.observe import lines
 from proxy.server import http
+from tests.certificates import make_pair
 from tests.fakes import FakeUpstream
 from tests.proxy.server.conftest import Proxy
 
@@ -41,8 +43,11 @@ ROW_VARIES = {"time", "request_id", "queue_s", "load_s", "upstream_s", "first_by
 VARIES = re.compile(rb'"request_id":"[^"]*"|x-request-id=\S+|upstream=\d+|(?<= broke off: )(?:[^"\\]|\\.)*')
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t\x20-\x7e\x80-\xff]*)")
 AFTER_LAST = b"Data after `Connection: close`"
+GONE = (ConnectionError, ssl.SSLError)
+TRUSTING = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # whomever
+TRUSTING.check_hostname, TRUSTING.verify_mode = False, ssl.CERT_NONE
 AT_ONCE = 16  # connections
-CLOSED_S = 8.0  # how long a server may take to end a connection that it was asked to end
+CLOSED_S = 15.0  # how long a server may take to end a connection that it was asked to end
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer | None:
     """The next answer; None where the connection ends before it."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
-    except ConnectionError:
+    except GONE:
         return None
     except asyncio.IncompleteReadError as error:
         if error.partial:
@@ -110,7 +115,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Answer | None:
             pieces.append(piece)  # noqa: PERF401 - what came before the cut counts
     except asyncio.IncompleteReadError as error:
         return Answer.of(status, headers, b"".join(pieces) + error.partial, True)
-    except ConnectionError:
+    except GONE:
         return Answer.of(status, headers, b"".join(pieces), True)
     return Answer.of(status, headers, b"".join(pieces), False)
 
@@ -551,16 +556,21 @@ class Rows:
         return [json.loads(line) for line in read.splitlines()]
 
 
+async def connect(proxy: Proxy) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A client's connection, over TLS where the server wants that."""
+    return await asyncio.open_connection(*proxy.address, ssl=TRUSTING if proxy.tls else None)
+
+
 async def talk(proxy: Proxy, pieces: list[bytes]) -> list[Answer]:
     """All that is answered to these pieces."""
-    reader, writer = await asyncio.open_connection(*proxy.address)
+    reader, writer = await connect(proxy)
     saying = asyncio.create_task(say(writer, pieces))
     answers: list[Answer] = []
     try:
         async with asyncio.timeout(CLOSED_S):
             while (answer := await read_answer(reader)) is not None:
                 answers.append(answer)
-    except ConnectionError:
+    except GONE:
         pass  # whoever was refused goes on talking, and is reset
     finally:
         saying.cancel()
@@ -570,7 +580,7 @@ async def talk(proxy: Proxy, pieces: list[bytes]) -> list[Answer]:
 
 async def say(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
     """These pieces, as separate as the kernel lets them be, until the peer has gone."""
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(*GONE):
         for piece in pieces:
             if writer.is_closing():
                 return
@@ -581,7 +591,7 @@ async def say(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
 
 async def ask(proxy: Proxy, headers: bytes, body: bytes, marker: bytes) -> Answer:
     """The answer to a call; then another one on its connection, whose answer must be its own."""
-    reader, writer = await asyncio.open_connection(*proxy.address)
+    reader, writer = await connect(proxy)
     try:
         writer.write(call(headers, body))
         answer = await read_answer(reader) or NOTHING
@@ -621,16 +631,17 @@ def alike(ordinary: list[Answer], fast: list[Answer]) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def lanes_over_scripts(folder: Path) -> AsyncIterator[Lanes]:
-    """Both servers, for a while."""
+async def lanes_over_scripts(folder: Path, *, tls: bool = False) -> AsyncIterator[Lanes]:
+    """Both servers, for a while. With `tls` the fast lane's clients speak that, and what is handed over goes on so."""
     async with ScriptedUpstream() as upstream, FakeUpstream() as unused:
         made = []
         for fast in (False, True):
-            proxy = Proxy(unused, unused, folder / f"{fast}.log", fast=fast)
-            proxy.limits = http.Limits(keepalive_s=6.0, write_stall_s=6.0)
+            context = make_pair(folder / "certificate").context() if tls and fast else None
+            proxy = Proxy(unused, unused, folder / f"{fast}.log", fast=fast, tls=context)
+            proxy.limits = http.Limits(keepalive_s=12.0, write_stall_s=12.0)
             await proxy.start()
             unused_url, unused.base_url = unused.base_url, upstream.base_url
-            proxy.configure(timeouts=TimeoutsConfig(read_body_s=1.0, first_byte_s=4.0, idle_s=4.0))
+            proxy.configure(timeouts=TimeoutsConfig(read_body_s=1.0, first_byte_s=10.0, idle_s=10.0))
             unused.base_url = unused_url
             proxy.scheduler.base_url = upstream.base_url
             made.append(proxy)
@@ -644,13 +655,13 @@ def shortened(text: str) -> str:
     return re.sub(r"(.{1,5}?)\1{15,}", r"\1...", text)
 
 
-async def fuzz(seconds: float, seed: int) -> int:
+async def fuzz(seconds: float, seed: int, *, tls: bool) -> int:
     """Take seeds from this one on for so long; how many things were found wrong."""
     lines.FLUSH_S = 0.01
     http.LINGER_S = 0.05
     ends = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        async with lanes_over_scripts(Path(folder)) as lanes:
+        async with lanes_over_scripts(Path(folder), tls=tls) as lanes:
             while time.monotonic() < ends and not lanes.wrong:
                 await lanes.run(range(seed, seed + 500))
                 seed += 500
@@ -666,5 +677,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tls", action="store_true")
     given = parser.parse_args()
-    raise SystemExit(min(uvloop.run(fuzz(given.seconds, given.seed)), 1))
+    raise SystemExit(min(uvloop.run(fuzz(given.seconds, given.seed, tls=given.tls)), 1))
