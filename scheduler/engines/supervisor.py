@@ -300,7 +300,8 @@ class Supervisor:
                 async with asyncio.timeout(limit_s):
                     await engine.gone.wait()
             except TimeoutError:
-                log.warning("engine %s did not stop within %g s: killing it", engine.handle.engine_id, timeout_s)
+                if timeout_s:  # without, it was to be killed: a load on a guess that a request wants the place of
+                    log.warning("engine %s did not stop within %g s: killing it", engine.handle.engine_id, timeout_s)
 
     async def _signal(self, engine: _Engine, number: int) -> bool:
         try:

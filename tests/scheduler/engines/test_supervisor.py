@@ -179,11 +179,15 @@ async def test_a_child_that_ignores_sigterm_is_gone_after_a_stop(world: World) -
     assert not lives(child)
 
 
-async def test_an_engine_that_ignores_sigterm_is_killed_at_the_limit(world: World) -> None:
+@pytest.mark.parametrize(("limit_s", "warnings"), [(0.05, 1), (0.0, 0)])
+async def test_an_engine_that_ignores_sigterm_is_killed_at_the_limit(
+    world: World, caplog: pytest.LogCaptureFixture, limit_s: float, warnings: int
+) -> None:
     stubborn = SERVE.replace("class", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    class")
     handle = await world.start(ScriptKind(stubborn))
-    await world.supervisor.stop("m-1", 0.05)
+    await world.supervisor.stop("m-1", limit_s)
     assert not lives(handle.pid)
+    assert len(caplog.records) == warnings, "that it is killed at once was decided, and is no surprise"
 
 
 async def test_an_early_end_is_explained_by_the_log(world: World) -> None:
