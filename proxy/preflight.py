@@ -138,7 +138,10 @@ def check_workers(workers: int) -> Iterator[Finding]:
 
 def check_disk(state_dir: Path) -> Iterator[Finding]:
     """Whether the state folder can be made and written, and has room for engine logs."""
-    there = next(parent for parent in (state_dir, *state_dir.parents) if parent.exists())
+    there = next(parent for parent in (state_dir, *state_dir.parents) if os.path.lexists(parent))
+    if not there.exists():
+        yield Finding(f'store.dir is "{state_dir}", and {there} is a link to nothing; make what it names, or remove it')
+        return
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "cannot be written" if there.is_dir() else "is a file"
         yield Finding(f'store.dir is "{state_dir}", and {there} {why}; name a folder of your own')

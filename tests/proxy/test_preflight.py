@@ -125,6 +125,14 @@ def test_the_state_folder_may_be_new(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_state_folder_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "state"
+    link.symlink_to(tmp_path / "gone")
+    assert says(preflight.check_disk(link)) == [
+        f'store.dir is "{link}", and {link} is a link to nothing; make what it names, or remove it'
+    ]
+
+
 def test_a_state_folder_inside_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert says(preflight.check_disk(tmp_path / "file" / "state")) == [
