@@ -32,6 +32,7 @@ from scheduler.engines.keeper_sockets import Listener, ended, say
 FAST_DEATH_S = 5.0
 FAST_DEATHS_LIMIT = 10
 BACKOFF_FIRST_S, BACKOFF_LIMIT_S = 0.1, 5.0
+REFUSED_PAUSE_S = 1.0  # until a configuration that was refused is tried again
 BEAT_S = 1.0  # how often we look who is alive, and say that we are
 START_LIMIT_S = 60.0  # from a proxy's start to its first sign of life
 LAST_WORDS_S = 2.0  # for a hung proxy to print its stacks
@@ -270,10 +271,14 @@ class Proxies:
             other.send(message)
 
     def _restart(self, status: int, lived_s: float) -> None:
-        self._fast_deaths = self._fast_deaths + 1 if lived_s < FAST_DEATH_S else 0
         engines = sum(1 for child in self._children if child.kind == "engine")
         say(f"the proxy {ended(status)} after {lived_s:.1f} s; {engines} engines live on")
         keeper_systemd.notify(f"STATUS=the proxy {ended(status)}: starting another")
+        if status == REFUSED:
+            # broken since the last one began: a person's to mend, and to end the engines meanwhile would win nothing
+            self._loop.after(REFUSED_PAUSE_S, self._start_serving)
+            return
+        self._fast_deaths = self._fast_deaths + 1 if lived_s < FAST_DEATH_S else 0
         if self._fast_deaths >= FAST_DEATHS_LIMIT:
             say(f"that was {self._fast_deaths} times in a row, each time at once: stopping; its last lines are above")
             self._give_up(1)

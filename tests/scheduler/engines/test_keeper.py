@@ -24,7 +24,7 @@ from scheduler.engines import (
     keeper_systemd,
     reaper,
 )
-from tests.scheduler.engines.keeper_rig import SLEEP, Rig, eventually, lives, python
+from tests.scheduler.engines.keeper_rig import PROXY, SLEEP, Rig, eventually, lives, python
 
 STUBBORN_FAMILY = """
     import os, signal, sys, time
@@ -97,6 +97,25 @@ def test_a_proxy_that_refuses_its_configuration_is_not_started_again(rig: Callab
     _, said = kept.process.communicate(timeout=4)
     assert kept.process.returncode == 2
     assert said == "bad key\n"
+
+
+def test_a_configuration_that_is_broken_when_the_proxy_dies_costs_no_engine(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    refusals = keeper_proxies.FAST_DEATHS_LIMIT + 3
+    starts = f"""
+with open({str(tmp_path / "starts")!r}, "a+b") as file:
+    file.write(b".")
+    file.flush()
+    if 1 < file.tell() <= 1 + {refusals}:
+        raise SystemExit({keeper_proxies.REFUSED})
+"""
+    kept = rig(setup="keeper_proxies.REFUSED_PAUSE_S = 0.001", proxy=python(starts + PROXY))
+    engine = kept.spawn("a", SLEEP)["pid"]
+    kept.ask("die")
+    assert kept.engines() == ["a"], "once it is mended the next proxy goes on"
+    assert lives(engine)
+    assert (tmp_path / "starts").stat().st_size == 1 + refusals + 1
 
 
 def test_the_end_of_an_engine_is_told_when_its_whole_family_has_gone(rig: Callable[..., Rig]) -> None:
