@@ -641,7 +641,7 @@ async def lanes_over_scripts(folder: Path, *, tls: bool = False) -> AsyncIterato
             proxy.limits = http.Limits(keepalive_s=12.0, write_stall_s=12.0)
             await proxy.start()
             unused_url, unused.base_url = unused.base_url, upstream.base_url
-            proxy.configure(timeouts=TimeoutsConfig(read_body_s=1.0, first_byte_s=10.0, idle_s=10.0))
+            proxy.configure(timeouts=TimeoutsConfig(read_body_s=3.0, first_byte_s=10.0, idle_s=10.0))
             unused.base_url = unused_url
             proxy.scheduler.base_url = upstream.base_url
             made.append(proxy)
