@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
             [str(source)],
             language="c++",
             include_dirs=["ext"],
-            depends=["ext/_text.h", "ext/_siphash.h"],
+            depends=sorted(map(str, (*Path("ext").glob("*.h"), *Path("ext").glob("lane/*.pxi")))),
             extra_compile_args=FLAGS,
         )
         for source in sorted(Path("ext").glob("_*.pyx"))

@@ -20,7 +20,10 @@ CHECKS: dict[str, list[str]] = {
     "format": [str(BIN / "ruff"), "format", "--check", "."],
     "mypy": [PYTHON, "-m", "mypy"],
     "mypy-scripts": [PYTHON, "-m", "mypy", *(f"scripts/{name}.py" for name in SCRIPTS)],
-    "cython-lint": [str(BIN / "cython-lint"), *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ext/*.pyx"))],
+    "cython-lint": [
+        str(BIN / "cython-lint"),
+        *sorted(str(path.relative_to(ROOT)) for kind in ("*.pyx", "lane/*.pxi") for path in ROOT.glob(f"ext/{kind}")),
+    ],
     "architecture": [PYTHON, "-m", "pytest", "-q", "tests/architecture"],
 }
 
