@@ -125,7 +125,16 @@ def test_both_workers_serve_and_models_trade_places(served: Served) -> None:
     for each in streams:
         assert each.first.wait(20)
     served.wait(lambda: sum(worker["in_flight"] for worker in workers(served)) == 16, "not all are counted", 10)
-    assert all(worker["in_flight"] for worker in workers(served)), workers(served)
+    busy: set[int] = set()
+
+    def both() -> bool:
+        """A worker that the machine does not let run gets nothing of a burst: so there is always one stream more."""
+        busy.update(worker["pid"] for worker in workers(served) if worker["in_flight"])
+        if len(busy) < 2:
+            streams.append(Streaming(served, 40))
+        return len(busy) == 2
+
+    served.wait(both, "one of them gets nothing", 20)
     assert all(each.whole() for each in streams)
     for model in "abca":
         assert chat(served, model)["model"] == model
