@@ -10,7 +10,7 @@ from proxy.observe import lines
 from proxy.server import http
 from tests.proxy.server.fuzz_lanes import lanes_over_scripts, shortened
 
-pytestmark = [pytest.mark.native, pytest.mark.slow]
+pytestmark = [pytest.mark.native, pytest.mark.slow, pytest.mark.timeout(60)]
 
 # Among them nobody says less than it announced, which is waited for.
 SEEDS = {False: range(24, 104), True: range(104, 148)}
