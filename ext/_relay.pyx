@@ -172,7 +172,7 @@ cdef class Relay:
     cdef list _grave, _slots
     cdef list _asked, _unsent  # who has something to send when the turn ends: requests, which go first, and the rest
     cdef char* _scratch
-    cdef char* _viewed  # by `_view`
+    cdef char* _viewed  # by `_view`; NULL once another buffer is the scratch buffer
     cdef object _view
     cdef string _text  # for one function's use at a time
     cdef string _date  # the last line of every head, and the empty one, of this second

@@ -285,6 +285,7 @@ cdef class Client(Conn):
         size = recv(self._fd, read, SCRATCH, 0)
         if size > SMALL:
             self._relay._scratch = self._relay._lend()
+            self._relay._viewed = NULL
             self._let_go()
             self._in, self._in_cap = read, SCRATCH
         elif size > 0:
