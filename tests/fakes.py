@@ -13,6 +13,7 @@ from aiohttp import web
 
 from scheduler.driver import Lease, Refused
 from scheduler.model import RefusalCode, Ticket
+from tests.patience import PATIENCE_S
 
 Behaviour = Callable[[web.BaseRequest, bytes], Awaitable[web.StreamResponse]]
 
@@ -82,10 +83,11 @@ class FakeUpstream:
         self.arrived.set()
         try:
             return await self.behave(request, body)
-        except (asyncio.CancelledError, ConnectionError):
+        except (asyncio.CancelledError, ConnectionError) as error:
             self.aborts += 1
             self.aborted.set()
-            raise
+            # Whoever left between two writes left all the same; aiohttp would log it as a fault of the handler.
+            raise asyncio.CancelledError from error
 
 
 def plain(
@@ -128,7 +130,7 @@ async def hang(request: web.BaseRequest, _: bytes = b"") -> web.StreamResponse:
     raise AssertionError("unreachable")
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = 4.0) -> None:
+async def until(holds: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Return once something that has no event of its own holds; fail after the limit."""
     async with asyncio.timeout(timeout_s):
         while not holds():

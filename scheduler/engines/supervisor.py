@@ -252,9 +252,10 @@ class Supervisor:
         engine.handle = msgspec.structs.replace(handle, pid=spawned.pid, started_s=time.time())
 
     async def _become_ready(self, engine: _Engine, kind: EngineKind, on_progress: Callable[[Progress], None]) -> None:
+        tell = _teller(engine.log_path, kind, on_progress)
         gone = asyncio.create_task(engine.gone.wait())
         answers = asyncio.create_task(self._probe_until_ready(engine, kind))
-        follows = asyncio.create_task(_follow(engine.log_path, kind, on_progress))
+        follows = asyncio.create_task(_follow(tell))
         tasks: list[asyncio.Task[Any]] = [gone, answers, follows]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -267,6 +268,7 @@ class Supervisor:
             raise EngineExit(self._explained(engine, kind), self._tail(engine), out_of_memory=want)
         for task in done:
             task.result()
+        tell()  # what it wrote after our last look and before it answered
         engine.ready = True
 
     async def _probe_until_ready(self, engine: _Engine, kind: EngineKind) -> None:
@@ -402,15 +404,25 @@ class Supervisor:
         return self._sessions.get(session, [])
 
 
-async def _follow(path: Path, kind: EngineKind, on_progress: Callable[[Progress], None]) -> None:
+def _teller(path: Path, kind: EngineKind, on_progress: Callable[[Progress], None]) -> Callable[[], None]:
+    """A function that tells of the progress in the lines that were written since its last call."""
     follower = logs.Follower(path)
     told: Progress | None = None
-    while True:
+
+    def tell() -> None:
+        nonlocal told
         for line in follower.lines():
             progress = kind.progress(line)
             if progress is not None and progress != told:
                 told = progress
                 on_progress(progress)
+
+    return tell
+
+
+async def _follow(tell: Callable[[], None]) -> None:
+    while True:
+        tell()
         await asyncio.sleep(POLL_S)
 
 

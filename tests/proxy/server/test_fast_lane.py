@@ -18,6 +18,7 @@ from proxy.observe import lines
 from proxy.server.fast import FastLane
 from proxy.server.journey import FORWARDED
 from tests.fakes import DONE, STREAM, USAGE_CHUNK, FakeUpstream, chunk, hang, plain, stream, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 
 pytestmark = pytest.mark.native
@@ -524,7 +525,7 @@ async def test_a_malformed_answer_is_a_502_and_its_connection_is_not_used_again(
 ) -> None:
     raw.answer = raw.pieces(answer)
     assert (await answer_to(fast, request(call()))).startswith(b"HTTP/1.1 502 ")
-    await asyncio.wait_for(raw.gone.wait(), 1)
+    await asyncio.wait_for(raw.gone.wait(), PATIENCE_S)
     raw.answer = raw.pieces(lengthy(ANSWER))
     assert (await answer_to(fast, request(call()))).endswith(ANSWER)
 
@@ -602,7 +603,7 @@ async def test_a_slow_client_pauses_its_own_upstream_and_nobody_elses(fast: Prox
     await reader.readexactly(8 << 20)
     await until(lambda: written > before)
     writer.close()
-    await asyncio.wait_for(raw.gone.wait(), 2)
+    await asyncio.wait_for(raw.gone.wait(), PATIENCE_S)
     await fast.settled()
     assert [line["status"] for line in await fast.lines()] == [200, 499]
 
@@ -619,7 +620,7 @@ async def test_a_client_that_takes_nothing_is_dropped_and_recorded(fast: Proxy, 
     raw.answer = endless
     _, writer = await asyncio.open_connection(*fast.address, limit=1024)
     writer.write(request(call(stream=True)))
-    await asyncio.wait_for(raw.gone.wait(), 3)
+    await asyncio.wait_for(raw.gone.wait(), PATIENCE_S)
     await fast.settled()
     assert [(line["status"], line["error"]) for line in await fast.lines()] == [(499, "client_stalled")]
     writer.close()
@@ -638,7 +639,7 @@ async def test_a_client_that_leaves_at_any_point_costs_nothing(fast: Proxy, sent
             await reader.readuntil(b"\r\n\r\n")
     writer.close()
     if sent is None:
-        await asyncio.wait_for(fast.upstream.aborted.wait(), 1)
+        await asyncio.wait_for(fast.upstream.aborted.wait(), PATIENCE_S)
     await fast.settled()
     assert len(await fast.lines()) == (sent is None)
     assert fast.metrics.registry.get_sample_value("vramp_requests_in_flight") == 0

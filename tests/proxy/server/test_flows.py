@@ -19,6 +19,7 @@ from proxy.config import BackendConfig, LimitsConfig, ModelLimitsConfig, Timeout
 from proxy.server import fast as lane
 from proxy.server.fast import FastLane
 from tests.fakes import DONE, STREAM, chunk, hang, plain, stream, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.test_fast_lane import (
     CALLS,
@@ -385,7 +386,7 @@ async def test_a_client_that_leaves_is_recorded_as_one(fast: Proxy, connection: 
     if streaming:
         await connection.reader.readuntil(b"\n\n")
     connection.writer.close()
-    await asyncio.wait_for(fast.remote.aborted.wait(), 2)
+    await asyncio.wait_for(fast.remote.aborted.wait(), PATIENCE_S)
     await fast.settled()
     line, row = (await fast.lines())[-1], (await fast.rows())[-1]
     assert (line["status"], line["error"], row["status"]) == (499, "client_left", 499)

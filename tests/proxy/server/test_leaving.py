@@ -11,6 +11,7 @@ from aiohttp import web
 
 from proxy.config import TimeoutsConfig
 from tests.fakes import chunk, hang, stream, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.ends import connect, request
 
@@ -21,7 +22,7 @@ async def test_leaving_before_the_first_byte_cancels_upstream(proxy: Proxy, stre
     _, writer = await connect(proxy, streaming=streaming)
     await proxy.upstream.arrived.wait()
     writer.close()
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.settled()
     assert proxy.scheduler.all_returned_once
     line = (await proxy.lines())[-1]
@@ -34,7 +35,7 @@ async def test_leaving_in_mid_stream_cancels_upstream(proxy: Proxy) -> None:
     reader, writer = await connect(proxy, streaming=True)
     await reader.readuntil(b"Hel")
     writer.close()
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.settled()
     assert proxy.scheduler.all_returned_once
     assert (await proxy.lines())[-1]["status"] == 499
@@ -61,7 +62,7 @@ async def test_leaving_a_remote_call_cancels_it_too(proxy: Proxy) -> None:
             json={"model": "far", "messages": []},
             timeout=aiohttp.ClientTimeout(total=0.05),
         )
-    await asyncio.wait_for(proxy.remote.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.remote.aborted.wait(), PATIENCE_S)
     await proxy.settled()
     await proxy.still_works()
 
@@ -111,7 +112,7 @@ async def test_a_client_that_never_reads_is_closed_and_its_upstream_cancelled(pr
     flood = Flood()
     proxy.upstream.behave = flood
     with await asked_with_a_small_buffer(proxy):
-        await asyncio.wait_for(proxy.upstream.aborted.wait(), 3)
+        await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
         await proxy.settled()
     line = (await proxy.lines())[-1]
     assert (line["status"], line["error"]) == (499, "client_stalled")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from proxy.config import BackendConfig, LimitsConfig, ModelConfig
 from proxy.server.packing import MOST_BODY, MOST_OWN, Engine, Packer, split, take_apart
 from tests.fakes import die, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 
 
@@ -286,7 +287,7 @@ async def test_when_all_have_left_the_call_upstream_is_cancelled_and_the_next_wo
     first, callers = await under_way(proxy, engine, [2], [3])
     for caller in callers:
         caller.cancel()
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     engine.go.set()
     await first
     assert proxy.upstream.aborts == 1

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from proxy.config import TimeoutsConfig
 from tests.fakes import DONE, STREAM, USAGE_CHUNK, chunk, die, hang, plain, stream
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 
 
@@ -90,7 +91,7 @@ async def test_silence_in_mid_stream_ends_in_an_error_event(proxy: Proxy) -> Non
     proxy.upstream.behave = stream(chunk("Hel"), then=silence)
     body = await (await proxy.chat(stream=True)).read()
     assert error_of(last_event(body))["code"] == "upstream_idle"
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.still_works()
 
 
@@ -101,7 +102,7 @@ async def test_an_upstream_that_never_begins_is_a_504(proxy: Proxy, streaming: b
     response = await proxy.chat(stream=streaming)
     assert response.status == 504
     assert "first_byte_s" in (await response.json())["error"]["message"]
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.still_works()
 
 
@@ -118,7 +119,7 @@ async def test_the_total_limit_ends_what_no_other_limit_does(proxy: Proxy) -> No
     proxy.upstream.behave = drip
     body = await (await proxy.chat(stream=True)).read()
     assert "total_s" in error_of(last_event(body))["message"]
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.still_works()
 
 

@@ -20,6 +20,7 @@ from proxy.server import fast as fast_module
 from proxy.server.http import Limits
 from tests.certificates import Pair, make_pair
 from tests.fakes import FakeUpstream, chunk, hang, plain, stream, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.test_fast_lane import CALLS, CHAT, answer_to, call, handed_over, next_answer, normal, request
 
@@ -222,7 +223,7 @@ async def test_a_slow_client_pauses_its_own_upstream_and_nobody_elses(
     await reader.readexactly(8 << 20)
     await until(lambda: flood.sent > before)
     writer.close()
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 2)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.settled()
     assert [line["status"] for line in await proxy.lines()] == [200, 499]
 
@@ -239,7 +240,7 @@ async def test_a_client_that_takes_nothing_is_dropped_and_recorded(
         upstream.behave = Flood()
         _, writer = await asyncio.open_connection(*proxy.address, ssl=trust, limit=1024)
         writer.write(streaming_call(over=over))
-        await asyncio.wait_for(upstream.aborted.wait(), 3)
+        await asyncio.wait_for(upstream.aborted.wait(), PATIENCE_S)
         await proxy.settled()
         assert [line["status"] for line in await proxy.lines()] == [499]
         writer.transport.abort()
@@ -259,7 +260,7 @@ async def test_a_client_that_leaves_ends_the_work_upstream(
     if streaming:
         await reader.readuntil(b"\r\n\r\n")
     writer.close() if orderly else writer.transport.abort()
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 1)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     await proxy.settled()
     assert [line["status"] for line in await proxy.lines()] == [499]
     proxy.upstream.behave = plain()

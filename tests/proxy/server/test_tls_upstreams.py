@@ -18,6 +18,7 @@ from proxy.observe import lines
 from proxy.providers.tls import AUTHORITIES
 from tests.certificates import Pair, SealedUpstream, expire, make_pair
 from tests.fakes import DONE, STREAM, FakeUpstream, chunk, hang, plain, stream, until
+from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.test_fast_lane import (
     ANSWER,
@@ -265,7 +266,7 @@ async def test_a_client_that_leaves_in_the_handshake_costs_nothing(fast: Proxy) 
     writer.write(FAR)
     await begun.wait()
     writer.close()
-    await asyncio.wait_for(left.wait(), 1)
+    await asyncio.wait_for(left.wait(), PATIENCE_S)
     await fast.settled()
     server.close()
     send_to((fast, fast), fast.remote.base_url)
@@ -416,7 +417,7 @@ async def test_a_slow_client_pauses_its_own_upstream(fast: Proxy, sealed: Sealed
     await reader.readexactly(8 << 20)
     await until(lambda: sealed.written > before)
     writer.close()
-    await asyncio.wait_for(sealed.gone.wait(), 2)
+    await asyncio.wait_for(sealed.gone.wait(), PATIENCE_S)
     await fast.settled()
     sealed.answer = lengthy(ANSWER)
     assert (await answer_to(fast, FAR)).endswith(ANSWER)
@@ -431,7 +432,7 @@ async def test_a_client_that_leaves_ends_the_work_upstream(fast: Proxy, streamin
     if streaming:
         await reader.readuntil(b"\r\n\r\n")
     writer.close()
-    await asyncio.wait_for(fast.remote.aborted.wait(), 1)
+    await asyncio.wait_for(fast.remote.aborted.wait(), PATIENCE_S)
     await fast.settled()
     assert [line["status"] for line in await fast.lines()] == [499]
     fast.remote.behave = plain()

@@ -11,6 +11,7 @@ import pytest
 from proxy.accounting import usage
 from proxy.config import LimitsConfig, TimeoutsConfig
 from tests.fakes import chunk, hang, plain, stream
+from tests.patience import PATIENCE_S
 from tests.proxy.server import ends
 from tests.proxy.server.conftest import Proxy
 from tests.proxy.server.ends import connect
@@ -29,7 +30,7 @@ async def took_nothing(proxy: Proxy) -> None:
     proxy.configure(timeouts=TimeoutsConfig(write_stall_s=0.2))
     proxy.upstream.behave = stream(*[chunk("x" * 50_000)] * 400, then=hang)
     _, writer = await connect(proxy, streaming=True)
-    await asyncio.wait_for(proxy.upstream.aborted.wait(), 4)
+    await asyncio.wait_for(proxy.upstream.aborted.wait(), PATIENCE_S)
     writer.close()
 
 

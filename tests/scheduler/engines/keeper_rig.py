@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.engines import reaper
+from tests.patience import PATIENCE_S
 
 PROXY = textwrap.dedent(
     """
@@ -86,7 +87,7 @@ class Systemd:
         self.name = f"vramp-test-{os.getpid()}-{time.monotonic_ns()}"
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.sock.bind("\0" + self.name)
-        self.sock.settimeout(4)
+        self.sock.settimeout(PATIENCE_S)
 
     def __enter__(self) -> Systemd:
         return self
@@ -101,7 +102,7 @@ class Systemd:
         return lines
 
 
-def eventually(true: Callable[[], Any], limit_s: float = 4.0) -> Any:
+def eventually(true: Callable[[], Any], limit_s: float = PATIENCE_S) -> Any:
     """Wait for a fact that another process brings about."""
     deadline = time.monotonic() + limit_s
     while not (result := true()):
@@ -163,7 +164,7 @@ class Rig:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Signal the keeper and wait: exit code and what it said."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=4)
+        _, said = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, said
 
     def close(self) -> None:
@@ -176,7 +177,7 @@ class Rig:
         if self.process.poll() is not None:
             raise AssertionError(f"the keeper ended with {self.process.returncode}: {self.process.communicate()[1]}")
         try:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=4)
+            return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         except ConnectionRefusedError:
             return None
 
@@ -203,7 +204,7 @@ class LendingRig(Rig):
         self._meeting = socket.socket(socket.AF_UNIX)
         self._meeting.bind(str(state_dir / "meet"))
         self._meeting.listen()
-        self._meeting.settimeout(4)
+        self._meeting.settimeout(PATIENCE_S)
         super().__init__(state_dir, proxy=[*python(LENDER), str(state_dir / "meet")])
 
     def borrow(self) -> socket.socket:

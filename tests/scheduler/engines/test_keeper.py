@@ -24,6 +24,7 @@ from scheduler.engines import (
     keeper_systemd,
     reaper,
 )
+from tests.patience import PATIENCE_S
 from tests.scheduler.engines.keeper_rig import PROXY, SLEEP, Rig, eventually, lives, python
 
 STUBBORN_FAMILY = """
@@ -86,7 +87,7 @@ def test_an_engine_that_dies_while_there_is_no_proxy_is_told_to_the_next_one(
 
 def test_a_proxy_that_dies_again_and_again_ends_everything(rig: Callable[..., Rig]) -> None:
     kept = rig(setup="keeper_proxies.BACKOFF_FIRST_S = 0.001", proxy=python("import sys; sys.exit('no such table')"))
-    _, said = kept.process.communicate(timeout=4)
+    _, said = kept.process.communicate(timeout=PATIENCE_S)
     assert kept.process.returncode == 1
     assert said.count("no such table") == keeper_proxies.FAST_DEATHS_LIMIT
     assert "10 times in a row" in said
@@ -94,7 +95,7 @@ def test_a_proxy_that_dies_again_and_again_ends_everything(rig: Callable[..., Ri
 
 def test_a_proxy_that_refuses_its_configuration_is_not_started_again(rig: Callable[..., Rig]) -> None:
     kept = rig(proxy=python("import sys; print('bad key', file=sys.stderr); sys.exit(2)"))
-    _, said = kept.process.communicate(timeout=4)
+    _, said = kept.process.communicate(timeout=PATIENCE_S)
     assert kept.process.returncode == 2
     assert said == "bad key\n"
 
@@ -190,7 +191,7 @@ def test_everything_dies_with_a_killed_keeper_or_is_reaped_by_the_next(rig: Call
 def test_a_taken_port_is_named_in_one_line(rig: Callable[..., Rig]) -> None:
     first = rig()
     first.ask("who")
-    second = subprocess.run(first.command, capture_output=True, text=True, timeout=4, check=False)
+    second = subprocess.run(first.command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert second.returncode == 2
     assert second.stderr == f"vramp keeper: cannot listen on 127.0.0.1:{first.port}: Address already in use\n"
 

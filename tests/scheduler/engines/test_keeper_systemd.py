@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from scheduler.engines import keeper_systemd
+from tests.patience import PATIENCE_S
 from tests.scheduler.engines.keeper_rig import SLEEP, Rig, Systemd, eventually, lives, passed_by_systemd, python
 
 HANGS = """
@@ -61,7 +62,7 @@ def test_systemd_is_told_of_every_turn(rig: Callable[..., Rig], tmp_path: Path) 
     with Systemd() as systemd:
         kept = rig("--hang-limit", "4", proxy=[*python(HANGS), str(first)])
         kept.process.kill()
-        kept.process.communicate(timeout=4)
+        kept.process.communicate(timeout=PATIENCE_S)
         kept.start({"NOTIFY_SOCKET": "@" + systemd.name, "WATCHDOG_USEC": "60000"})
         systemd.hears("READY=1")
         systemd.hears("WATCHDOG=1")
@@ -89,7 +90,7 @@ def passing(kept: Rig, sock: socket.socket, name: str) -> subprocess.Popen[str]:
 def test_a_socket_of_systemd_is_used_instead_of_a_port_of_our_own(rig: Callable[..., Rig]) -> None:
     kept = rig()
     kept.process.kill()
-    kept.process.communicate(timeout=4)
+    kept.process.communicate(timeout=PATIENCE_S)
     with socket.create_server(("127.0.0.1", kept.port)) as passed:
         kept.process = passing(kept, passed, "http")
         assert kept.ask("who")["pid"]
@@ -102,13 +103,13 @@ def test_a_socket_of_systemd_is_used_instead_of_a_port_of_our_own(rig: Callable[
 def test_a_socket_that_is_not_for_us_is_refused_by_name(rig: Callable[..., Rig], name: str, listens: bool) -> None:
     kept = rig()
     kept.process.kill()
-    kept.process.communicate(timeout=4)
+    kept.process.communicate(timeout=PATIENCE_S)
     with socket.socket() as passed:
         passed.bind(("127.0.0.1", 0))
         if listens:
             passed.listen()
         process = passing(kept, passed, name)
-        _, said = process.communicate(timeout=4)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     assert name in said
     assert ("FileDescriptorName=http or FileDescriptorName=admin" in said) == listens

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.engines import reaper
+from tests.patience import PATIENCE_S
 from tests.scheduler.engines.keeper_rig import LendingRig, Rig, Systemd, eventually, lives, python
 
 NEVER_READY = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
@@ -69,7 +70,7 @@ class Talk:
 
     def __init__(self, pid: int, sock: Any) -> None:
         self.pid, self.sock = pid, sock
-        sock.settimeout(4)
+        sock.settimeout(PATIENCE_S)
 
     def say(self, **message: Any) -> None:
         self.sock.send(json.dumps(message).encode())
@@ -139,7 +140,7 @@ def test_two_that_hand_over_in_different_ways_are_not_joined(tmp_path: Path) -> 
 def test_systemd_sees_an_upgrade_that_fails(rig: Callable[..., Rig]) -> None:
     kept = rig()
     kept.process.kill()
-    kept.process.communicate(timeout=4)
+    kept.process.communicate(timeout=PATIENCE_S)
     with Systemd() as systemd:
         kept.start({"NOTIFY_SOCKET": "@" + systemd.name})
         systemd.hears("READY=1")

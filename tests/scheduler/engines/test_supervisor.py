@@ -20,6 +20,7 @@ from scheduler.engines.keeper_link import KeeperError, KeeperGone, KeeperLink
 from scheduler.engines.simulated import SimulatedKind, declared_memory
 from scheduler.engines.supervisor import Handle, Supervisor
 from tests.fakes import until
+from tests.patience import PATIENCE_S
 from tests.scheduler.engines.keeper_rig import SLEEP, LendingRig, lives, python
 
 SERVE = """
@@ -118,7 +119,7 @@ class World:
         self.died.set()
 
     async def start(self, kind: EngineKind | None = None, engine_id: str = "m-1", **options: Any) -> Handle:
-        limits = {"start_timeout_s": 4.0, "stop_timeout_s": 0.05, **options}
+        limits = {"start_timeout_s": PATIENCE_S, "stop_timeout_s": 0.05, **options}
         return await self.supervisor.start(
             engine_id, "m", kind or ScriptKind(), {}, device="sim0", on_progress=self.progress.append, **limits
         )
@@ -151,6 +152,21 @@ async def test_an_engine_starts_serves_and_is_gone_after_its_stop(world: World) 
     await world.supervisor.stop("m-1", 2.0)
     assert world.deaths == []
     await world.start()
+
+
+async def test_what_an_engine_said_just_before_it_answered_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log is looked at now and then: a quick engine spoke and served between two looks, and nobody heard it."""
+
+    class Quick(ScriptKind):
+        async def probe(self, session: aiohttp.ClientSession, base_url: str) -> bool:
+            await until(lambda: world.supervisor.log_tail("m-1") == ["step 1"])
+            return True
+
+    monkeypatch.setattr(supervising, "POLL_S", 60.0)
+    await world.start(Quick())
+    assert world.progress == [Progress(0.5, "step 1")]
 
 
 async def test_an_engine_that_is_not_spawned_yet_has_no_processes(world: World) -> None:
