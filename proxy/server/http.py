@@ -39,7 +39,6 @@ LINGER_S = 2.0  # how long a refused client may go on sending before we close on
 class Limits(msgspec.Struct, frozen=True):
     """What the parser and the connections need to know. A reload leaves them as they are."""
 
-    max_header: int = 65536
     keepalive_s: float = 75.0
     write_stall_s: float = 60.0
     shared: bool = False  # other processes accept from the same sockets
@@ -170,7 +169,7 @@ class HttpServer(web.Server):
             keepalive_timeout=self._limits.keepalive_s,
             access_log=cast("logging.Logger", None),
             max_line_size=MAX_LINE,
-            max_field_size=self._limits.max_header,
+            max_field_size=self._handler.state.max_header,
             max_headers=MAX_HEADERS,
             lingering_time=LINGER_S,
         )

@@ -25,7 +25,6 @@ from proxy.server.handler import Handler
 from proxy.server.journey import Leases
 from proxy.server.state import State
 from proxy.server.trim import Trimmer, malloc_trim
-from proxy.sizes import byte_size
 from proxy.tls import Tls
 
 log = logging.getLogger("vramp.server")
@@ -122,7 +121,6 @@ class Serving:
     async def start(self, sockets: Sequence[socket.socket], *, shared: bool = False) -> None:
         """See `Front`. `shared`: other processes accept from the same sockets."""
         limits = http.Limits(
-            max_header=byte_size(self._config.limits.max_header),
             write_stall_s=self._config.timeouts.write_stall_s,
             shared=shared,
         )
@@ -139,9 +137,8 @@ class Serving:
         AUTHORITIES.read_again()
         providers = _providers_of(config, secrets)
         self._handler.configure(self._state(config, secrets, providers))
-        self._config = config
-        old, self._providers = self._providers, providers
-        self._retire(old)
+        self._retire(self._providers, self._config.timeouts.total_s)
+        self._config, self._providers = config, providers
         self._renew(config.server)
 
     def _renew(self, server: ServerConfig) -> None:
@@ -195,11 +192,12 @@ class Serving:
     def _state(self, config: Config, secrets: ResolvedSecrets, providers: Mapping[str, Provider]) -> State:
         return State.of(config, Catalog(config), Keys(secrets.api_keys), providers, self._counters)
 
-    def _retire(self, providers: Mapping[str, Provider]) -> None:
-        """Close the old pools once nothing that uses them can be in flight any more."""
+    def _retire(self, providers: Mapping[str, Provider], total_s: float) -> None:
+        """Close the old pools once nothing that uses them can be in flight any more: requests have the time of the
+        configuration that they began with."""
 
         async def later() -> None:
-            await asyncio.sleep(self._config.timeouts.total_s)
+            await asyncio.sleep(total_s)
             await _close(providers)
 
         task = asyncio.create_task(later())

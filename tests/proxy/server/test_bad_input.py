@@ -221,6 +221,14 @@ async def test_huge_headers_are_a_431_or_400_in_an_envelope(proxy: Proxy, head: 
     await proxy.still_works()
 
 
+async def test_a_reload_allows_larger_headers_on_connections_that_come_after_it(proxy: Proxy) -> None:
+    proxy.configure(limits=LimitsConfig(max_header="256KiB"))
+    head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 200_000 + b"\r\n\r\n"
+    assert (await proxy.raw(head))[0] == 200
+    proxy.configure()
+    await proxy.still_works()
+
+
 async def test_a_huge_request_line_is_a_431(proxy: Proxy) -> None:
     status, body = await proxy.raw(b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
     assert status == 431

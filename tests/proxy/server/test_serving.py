@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Self
 
 import aiohttp
+import msgspec
 import pytest
+from aiohttp import web
 
 from ext.rate_counters import RateCounters
+from proxy.config import TimeoutsConfig
 from proxy.config_load import load_text
 from proxy.config_secrets import ResolvedSecrets
 from proxy.observe.metrics import Metrics
 from proxy.providers.tls import AUTHORITIES
 from proxy.server.serving import Serving
 from tests.certificates import Pair, make_pair
-from tests.fakes import FakeScheduler, FakeUpstream, until
+from tests.fakes import FakeScheduler, FakeUpstream, plain, until
 
 CONFIG = """
 server.api_keys = []
@@ -58,8 +62,8 @@ class Served:
     async def __aexit__(self, *exc: object) -> None:
         await self.serving.close()
 
-    def reload(self) -> None:
-        self.serving.configure(self.config, ResolvedSecrets())
+    def reload(self, **sections: object) -> None:
+        self.serving.configure(msgspec.structs.replace(self.config, **sections), ResolvedSecrets())
 
     async def ask(self) -> int:
         async with (
@@ -96,6 +100,28 @@ async def test_it_leaves_no_connection_of_an_earlier_configuration_behind(upstre
             assert upstream.connections == number
             served.reload()
     await until(lambda: upstream.connections == 0)
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.native)])
+async def test_a_reload_that_allows_less_time_cuts_off_nothing_that_began_before(
+    upstream: FakeUpstream, fast: bool
+) -> None:
+    answers = asyncio.Event()
+
+    async def late(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        await answers.wait()
+        return await plain()(request, body)
+
+    upstream.behave = late
+    async with Served(upstream, fast=fast) as served:
+        before = asyncio.create_task(served.ask())
+        await upstream.arrived.wait()
+        served.reload(timeouts=TimeoutsConfig(total_s=0.01))
+        assert await served.ask() == 504, "by now that time is over"
+        answers.set()
+        assert await before == 200
+        served.reload()
+        assert await served.ask() == 200
 
 
 @pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.native)])
