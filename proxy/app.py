@@ -32,7 +32,7 @@ from proxy import __version__
 from proxy.admin.api import Admin
 from proxy.admin.scheduler import scheduler_view
 from proxy.admin.status import status
-from proxy.assembly import Local, devices_of, locals_of, settings_of
+from proxy.assembly import Local, devices_of, locals_of, settings_of, without_device
 from proxy.catalog.catalog import Catalog, Deployment
 from proxy.cli_serve import announce, banner
 from proxy.config import ConfigError
@@ -346,6 +346,8 @@ class App:
             return
         for line in diff(self._config, loaded.config):
             log.info("reload: %s", line)
+        for line in without_device(found, self._devices):
+            log.warning("reload: %s", line)
         self._config, self._secrets, self._catalog, self._locals = loaded.config, secrets, catalog, found
         self._front.configure(loaded.config, secrets)
         specs = tuple(local.spec for local in found)

@@ -12,7 +12,7 @@ from hashlib import sha256
 import msgspec
 
 from proxy.catalog.catalog import Catalog, Deployment
-from proxy.config import BackendConfig, Config, ConfigError, ModelConfig, TimeoutsConfig
+from proxy.config import REAL_KINDS, BackendConfig, Config, ConfigError, ModelConfig, TimeoutsConfig
 from proxy.sizes import byte_size
 from scheduler.devices.base import Device
 from scheduler.devices.discover import discover
@@ -52,12 +52,12 @@ class Local(msgspec.Struct, frozen=True):
 
 def devices_of(config: Config) -> list[Device]:
     """The memory that engines of this configuration may use."""
-    kinds = {backend.kind for backend in config.backends}
+    real = any(backend.kind in REAL_KINDS for backend in config.backends)
     devices = config.devices
     return discover(
         host_budget_bytes=None if devices.host_memory is None else byte_size(devices.host_memory),
-        use_host=bool(kinds & {"vllm", "command"}),
-        use_nvidia=devices.nvidia and bool(kinds & {"vllm", "command"}),
+        use_host=real,
+        use_nvidia=devices.nvidia and real,
         gpu_reserve_bytes=byte_size(devices.gpu_reserve),
         simulated={each.name: byte_size(each.memory) for each in devices.simulated},
     )
@@ -120,6 +120,17 @@ def _local(config: Config, deployment: Deployment, devices: Sequence[Device]) ->
     )
     kind = _kind(deployment.model, backend, device, memory, cache, devices, sleep=keeps is not None)
     return Local(spec, Launch(kind, backend.start_timeout_s, backend.stop_timeout_s))
+
+
+def without_device(found: Sequence[Local], devices: Sequence[Device]) -> list[str]:
+    """A line for each model whose engine could run on none of these, which are found once, when a process starts."""
+    there = {name for device in devices for name in (device.spec.name, device.spec.kind)}
+    return [
+        f"models[{local.spec.name}]: its engine runs on {local.spec.device}, which was not there or not looked for at "
+        "the start; a restart or SIGUSR2 looks again"
+        for local in found
+        if local.spec.device not in there
+    ]
 
 
 def _read_for(deployment: Deployment) -> ModelConfig:
@@ -214,12 +225,11 @@ def _kind(
     *,
     sleep: bool,
 ) -> EngineKind:
-    env = {**backend.env, **model.env}
     if backend.kind == "command":
         return CommandKind(
             model=model.id,
-            argv=model.command,
-            env=env,
+            argv=(*model.command, *backend.args, *model.args),
+            env={**backend.env, **model.env},
             task=model.task,
             upstream_model=model.upstream_model,
             model_path=model.path,
@@ -232,6 +242,19 @@ def _kind(
             max_sequences=model.max_sequences,
             **msgspec.structs.asdict(model.simulated),
         )
+    return _vllm_kind(model, backend, device, memory, cache, devices, sleep=sleep)
+
+
+def _vllm_kind(
+    model: ModelConfig,
+    backend: BackendConfig,
+    device: str,
+    memory: int,
+    cache: int,
+    devices: Sequence[Device],
+    *,
+    sleep: bool,
+) -> EngineKind:
     largest = max((each.spec.capacity_bytes for each in devices if each.spec.kind == device), default=memory)
     return VllmKind(
         model=model.upstream_model or model.id,
@@ -241,7 +264,7 @@ def _kind(
         python=backend.python,
         task=model.task,
         args=(*backend.args, *model.args),
-        env=env,
+        env={**backend.env, **model.env},
         max_sequences=model.max_sequences,
         max_context=model.max_context,
         # The ledger has booked the memory; half of the estimate, because what was learned since may be less than it,

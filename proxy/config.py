@@ -66,7 +66,8 @@ class Key(msgspec.Struct, frozen=True):
 
 
 CLASSES = ("instant", "fast", "standard", "deliberate", "batch")
-LOCAL_KINDS = ("vllm", "command", "simulated")
+REAL_KINDS = ("vllm", "command")  # whose engines take memory of this machine
+LOCAL_KINDS = (*REAL_KINDS, "simulated")
 KINDS = (*LOCAL_KINDS, "openai")
 FAULTS = ("none", "slow", "crash", "garbage", "corrupt", "hang")
 MIB, GIB, PIB = 1 << 20, 1 << 30, 1 << 50
@@ -149,7 +150,12 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         ),
     ] = 30.0
     drain_s: Annotated[
-        float, Key("How long requests in flight may go on after SIGTERM before they are cut off.", low=0, high=DAY_S)
+        float,
+        Key(
+            "How long requests in flight may go on after SIGTERM before they are cut off. To raise it takes a restart.",
+            low=0,
+            high=DAY_S,
+        ),
     ] = 30.0
 
 
@@ -277,7 +283,12 @@ class BackendConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         float, Key("How long an engine may take until it answers its first request.", above=0, high=DAY_S)
     ] = 300.0
     stop_timeout_s: Annotated[
-        float, Key("How long an engine may take to stop before it is killed.", low=0, high=3600)
+        float,
+        Key(
+            "How long an engine may take to stop before it is killed; 10 seconds where all of vramp stops.",
+            low=0,
+            high=3600,
+        ),
     ] = 15.0
     max_connections: Annotated[int, Key("Most connections open to it at once.", low=1, high=65_536)] = 512
     keepalive_s: Annotated[
@@ -371,7 +382,7 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_queue: Annotated[
         int | None,
         Key(
-            "Most requests that wait for it; more are refused with 429.",
+            "Most requests that wait for it; more are refused with 503.",
             low=0,
             high=1e6,
             absent="have defaults.max_queue hold",

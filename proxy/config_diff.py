@@ -21,6 +21,7 @@ RESTART: Final = (
     "devices.gpu_reserve",
     "devices.nvidia",
     "devices.measure_interval_s",
+    "devices.simulated",
     "store.dir",
     "store.usage",
     "observe.access_log",
@@ -58,9 +59,9 @@ def _diff(old: Any, new: Any, path: str) -> Iterator[str]:
 
 def _entry(old: Mapping[str, Any], new: Mapping[str, Any], name: str, path: str) -> Iterator[str]:
     if name not in old:
-        yield f"{path}: added"
+        yield f"{path}: added{_note(path)}"
     elif name not in new:
-        yield f"{path}: removed"
+        yield f"{path}: removed{_note(path)}"
     else:
         yield from _diff(old[name], new[name], path)
 
@@ -81,9 +82,13 @@ def _named(sections: Any) -> dict[str, Any]:
 def _changed(path: str, old: Any, new: Any) -> str:
     if path.rpartition(".")[2] in SECRET:
         return f"{path}: changed"
-    restart = path in RESTART or (path in SWITCHED and None in (old, new))
-    note = f" {RESTART_NOTE}" if restart else ""
+    note = f" {RESTART_NOTE}" if path in SWITCHED and None in (old, new) else _note(path)
     return f"{path}: {_shown(old)} -> {_shown(new)}{note}"
+
+
+def _note(path: str) -> str:
+    """What to add to the line of a key, or of a section like `devices.simulated[sim0]`."""
+    return f" {RESTART_NOTE}" if path.partition("[")[0] in RESTART else ""
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ import psutil
 from ext.backend import MODULES
 from proxy.assembly import devices_of, locals_of
 from proxy.catalog.catalog import Catalog
-from proxy.config import BackendConfig, Config, ConfigError, ModelConfig
+from proxy.config import REAL_KINDS, BackendConfig, Config, ConfigError, ModelConfig
 from proxy.config_check import clash, worker_count
 from proxy.config_shape import parse_listen
 from proxy.sizes import byte_size, format_size
@@ -187,7 +187,7 @@ def check_record(path: str | None) -> Iterator[Finding]:
 def check_memory(config: Config, devices: Sequence[DeviceSpec], host: HostMemory) -> Iterator[Finding]:
     """Whether the devices named are there, and the budget and each model fit."""
     places: dict[str, list[DeviceSpec]] = {}
-    for backend in (backend for backend in config.backends if backend.kind in ("vllm", "command")):
+    for backend in (backend for backend in config.backends if backend.kind in REAL_KINDS):
         wanted = backend.device or ("nvidia" if any(device.kind == "nvidia" for device in devices) else "host")
         places[backend.name] = [device for device in devices if wanted in (device.kind, device.name)]
         if not places[backend.name]:

@@ -35,7 +35,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class EngineKind(Protocol):
-    """One way of running a model locally. One file each; registered in `scheduler.engines.kinds`."""
+    """One way of running a model locally. One file each; whoever configures engines chooses among them."""
 
     name: str
     sleep_controls: SleepControls | None  # None: an engine of this kind cannot sleep

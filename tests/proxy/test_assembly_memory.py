@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.assembly import UNBOUNDED_KV_TOKENS, locals_of, settings_of
+from proxy.assembly import UNBOUNDED_KV_TOKENS, locals_of, settings_of, without_device
 from proxy.catalog.catalog import Catalog
 from proxy.config import Config, ConfigError
 from proxy.config_load import demo_path, load
@@ -129,3 +129,19 @@ def test_a_command_is_told_its_path(tmp_path: Path) -> None:
     config = msgspec.convert({"backends": [{"name": "local", "kind": "command"}], "models": [model]}, Config)
     (local,) = locals_of(config, Catalog(config), [])
     assert local.launch.kind.spawn_spec(1, {}).argv == ("x", "/m")
+
+
+def test_a_command_is_given_the_arguments_of_its_backend_and_its_own() -> None:
+    backend = {"name": "local", "kind": "command", "args": ["--threads", "2"]}
+    model = {"id": "m", "backend": "local", "memory_bytes": "5GiB", "command": ["x"], "args": ["--port=${PORT}"]}
+    config = msgspec.convert({"backends": [backend], "models": [model]}, Config)
+    (local,) = locals_of(config, Catalog(config), [])
+    assert local.launch.kind.spawn_spec(1, {}).argv == ("x", "--threads", "2", "--port=1")
+
+
+def test_a_model_that_a_reload_puts_where_nobody_has_looked_is_told_of(folder: Path) -> None:
+    backends = [{"name": "gpus", "kind": "vllm"}, {"name": "cpu", "kind": "vllm", "device": "host"}]
+    models = [{"id": each["name"], "backend": each["name"], "path": str(folder)} for each in backends]
+    config = msgspec.convert({"backends": backends, "models": models}, Config)
+    (line,) = without_device(locals_of(config, Catalog(config), [Gpu()]), [Gpu()])
+    assert line.startswith("models[cpu]: its engine runs on host, which was not there")

@@ -76,6 +76,14 @@ def test_what_needs_a_restart_is_marked() -> None:
     assert store.endswith(f' -> "/elsewhere"{restart}')
 
 
+def test_devices_are_made_once() -> None:
+    restart = " (needs a restart; until then the old value holds)"
+    assert changes(BASE.replace("8GiB", "9GiB")) == [f'devices.simulated[sim0].memory: "8GiB" -> "9GiB"{restart}']
+    more = BASE.replace("[[backends]]", '[[devices.simulated]]\nname = "sim1"\nmemory = "1GiB"\n[[backends]]')
+    assert changes(more) == [f"devices.simulated[sim1]: added{restart}"]
+    assert changes(BASE, more) == [f"devices.simulated[sim1]: removed{restart}"]
+
+
 @pytest.mark.parametrize(
     "change", ["[server]\nfast_lane = false", '[devices]\nhost_memory = "9GiB"', '[observe]\naccess_log = "off"']
 )
