@@ -18,6 +18,7 @@ from math import isinf
 
 from ext.rate_counters import Meter, RateCounters, Refusal
 from proxy.config import LimitsConfig
+from proxy.config_shape import inside
 from proxy.dialects.call import Call
 from proxy.dialects.decode import BYTES_PER_TOKEN
 from proxy.errors import CallError, InvalidRequest, RateLimited
@@ -39,10 +40,10 @@ class Limits:
     `tenants` are the names that `Keys.authenticate` returns. Raises OverflowError where `counters` have no room.
     """
 
-    __slots__ = ("_counters", "_keys", "_models")
+    __slots__ = ("_config", "_counters", "_keys", "_models")
 
     def __init__(self, config: LimitsConfig, tenants: Iterable[str], counters: RateCounters) -> None:
-        self._counters = counters
+        self._config, self._counters = config, counters
         # without a limit no meter: the counters' room is for those that have one
         self._keys = {name: meter for name in tenants if (meter := _of_key(config, name, counters)) is not None}
         self._models = {
@@ -68,10 +69,16 @@ class Limits:
         if isinstance(grant, Refusal):
             if grant.meter is model:
                 outcome.limited = f"models.{grant.limit}"
-                raise _error(grant, "limits.models", f"model '{call.model}', all keys together, is", stated)
+                table = inside("limits.models", call.model)
+                raise _error(grant, table, f"model '{call.model}', all keys together, is", stated)
             outcome.limited = f"keys.{grant.limit}"
-            raise _error(grant, "limits", f"key '{outcome.tenant}' is", stated)
+            raise _error(grant, self._table(outcome.tenant, grant.limit), f"key '{outcome.tenant}' is", stated)
         outcome.grant = grant
+
+    def _table(self, tenant: str, limit: str) -> str:
+        """Where the configuration says what holds for this key."""
+        stated = _stated(self._config, tenant, limit) is not None
+        return inside("limits.keys", tenant) if stated else "limits"
 
 
 def output_of(call: Call) -> tuple[int, int]:
@@ -101,12 +108,17 @@ def withdraw(outcome: Outcome) -> None:
 
 
 def _of_key(config: LimitsConfig, name: str, counters: RateCounters) -> Meter | None:
-    own = config.keys.get(name)
-    limits = [
-        stated if own is not None and (stated := getattr(own, limit)) is not None else getattr(config, limit)
-        for limit in _SAID
+    limits: list[int] = [
+        getattr(config, limit) if (stated := _stated(config, name, limit)) is None else stated for limit in _SAID
     ]
     return counters.meter(f"key {name}", *limits) if any(limits) else None
+
+
+def _stated(config: LimitsConfig, name: str, limit: str) -> int | None:
+    """What the key's own table says of it, if anything: 0 is something."""
+    own = config.keys.get(name)
+    stated: int | None = None if own is None else getattr(own, limit)
+    return stated
 
 
 def _error(refusal: Refusal, section: str, whose: str, stated: int) -> CallError:

@@ -105,10 +105,19 @@ def test_a_key_has_its_own_limits_where_it_says_so_and_the_general_ones_where_it
     own = {"alice": KeyLimitsConfig(requests_per_minute=2), "bob": KeyLimitsConfig(requests_per_minute=0)}
     gate = Gate(requests_per_minute=1, concurrency=3, keys=own)
     kept = [gate.ask("alice"), gate.ask("alice"), gate.ask("bob"), gate.ask("bob"), gate.ask("bob")]
-    assert "2 requests a minute" in gate.refused("alice").message
-    assert "3 calls at once" in gate.refused("bob").message
+    assert "2 requests a minute ([limits.keys.alice] requests_per_minute)" in gate.refused("alice").message
+    assert "3 calls at once ([limits] concurrency)" in gate.refused("bob").message
     for each in kept:
         gate.end(each)
+
+
+def test_a_refusal_names_the_table_that_set_the_limit() -> None:
+    own = {"alice": KeyLimitsConfig(tokens_per_minute=50)}
+    models = {"large": ModelLimitsConfig(tokens_per_minute=70)}
+    gate = Gate(requests_per_minute=9, tokens_per_minute=90, keys=own, models=models)
+    assert "([limits.keys.alice] tokens_per_minute)" in gate.refused("alice", max_tokens=51).message
+    assert "([limits] tokens_per_minute)" in gate.refused("bob", max_tokens=91).message
+    assert "([limits.models.large] tokens_per_minute)" in gate.refused("bob", max_tokens=71, model="large").message
 
 
 def test_a_models_limit_holds_for_all_keys_together() -> None:
@@ -117,7 +126,7 @@ def test_a_models_limit_holds_for_all_keys_together() -> None:
     gate.ask("bob")
     error = gate.refused("alice")
     assert error.message.startswith(
-        "Model 'm', all keys together, is limited to 2 requests a minute ([limits.models] requests_per_minute)"
+        "Model 'm', all keys together, is limited to 2 requests a minute ([limits.models.m] requests_per_minute)"
     )
     gate.ask("alice", model="other")
 
