@@ -232,8 +232,9 @@ cdef inline Text _member(Text p, Text end, Text* key, Py_ssize_t* size) noexcept
 cdef enum:
     UNWANTED = 0
     WANTED = 1
-    SHRUNK = 2  # only its type matters
-    SPLICED = 3  # and above: SPLICED and its place in `Places`
+    SHRUNK = 2  # only its type matters, and of a list whether it is empty
+    NOTED = 3  # only whether it is there, and no empty list
+    SPLICED = 4  # and above: SPLICED and its place in `Places`
 
 
 cdef inline bint _is(Text key, Py_ssize_t size, const char* name, Py_ssize_t name_size) noexcept nogil:
@@ -252,9 +253,14 @@ cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
         return SPLICED + 2 if _is(key, size, b"priority", 8) else UNWANTED
     if size == 14:
         return SPLICED + 1 if _is(key, size, b"stream_options", 14) else UNWANTED
+    if size == 6:
+        if _is(key, size, b"stream", 6):
+            return WANTED
+        return NOTED if _is(key, size, b"prompt", 6) else UNWANTED
+    if size == 13:
+        return NOTED if _is(key, size, b"prompt_embeds", 13) else UNWANTED
     if (
-        (size == 6 and memcmp(key, b"stream", 6) == 0)
-        or (size == 1 and key[0] == 110)
+        (size == 1 and key[0] == 110)
         or _is(key, size, b"max_tokens", 10)
         or _is(key, size, b"dimensions", 10)
         or _is(key, size, b"max_output_tokens", 17)
@@ -295,10 +301,12 @@ cdef bint scan_into(Text first, Py_ssize_t size, int most, string* short_form, P
             short_form.append(b'{"' if short_form.empty() else b',"')
             short_form.append(<const char*>key, key_size)
             short_form.append(b'":')
-            if rank == SHRUNK and kind == LIST:
-                short_form.append(b"[]")
-            elif rank == SHRUNK and kind == TEXT:
+            if kind == LIST and (rank == SHRUNK or rank == NOTED):
+                short_form.append(b"[]" if _blanks(value + 1, end)[0] == 93 else b"[0]")
+            elif kind == TEXT and rank == SHRUNK:
                 short_form.append(b'""')
+            elif rank == NOTED:
+                short_form.append(b"null" if value[0] == 110 else b"0")
             elif p - value <= MOST_COPIED:
                 short_form.append(<const char*>value, p - value)
             else:

@@ -1,8 +1,9 @@
 """The body scan: what is needed of a JSON body, found in one pass over bytes that stay where they are.
 
 `scan` answers a *short form* of the body, and where the members lie that may be spliced. The short form is JSON that
-says of the members we know what the body says, and nothing else: the others are left out, an array is `[]` and a text
-`""` where only their type matters. So a decoder gives the same for the short form as for the body, and reads a hundred
+says of the members we know what the body says, and nothing else: the others are left out. Where only a value's type
+matters an array is `[]` or, with something in it, `[0]`, and a text `""`; where only its being there does, what is no
+array and not null is `0`. So a decoder gives the same for the short form as for the body, and reads a hundred
 bytes instead of a hundred thousand.
 
 `scan` answers None for all that is not ordinary: what is not one whole JSON object in UTF-8, nests deeper than allowed,

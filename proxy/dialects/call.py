@@ -44,7 +44,8 @@ class Call(msgspec.Struct):
     """One request, decoded as far as deciding needs. Weights are in tokens; `body` is as it came.
 
     `names_model` is False when the body has no model and `model` is the default. `spans` says where the members lie
-    that may be spliced, if a scan found them. `session` is what the caller says its conversation is.
+    that may be spliced, if a scan found them. `lacks` is the member without which there is nothing to ask, where it is
+    missing or empty. `session` is what the caller says its conversation is.
     """
 
     endpoint: Endpoint
@@ -59,6 +60,7 @@ class Call(msgspec.Struct):
     deadline_ms: float | None = None
     session: str = ""
     priority: int | None = None
+    lacks: str = ""
     request_id: str = ""
     tenant: str = ""
     spans: Spans | None = None

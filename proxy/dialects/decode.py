@@ -26,6 +26,7 @@ BYTES_PER_TOKEN = 4  # of English and code, JSON around it included; only ever a
 MOST_SESSION = 128  # characters
 PREFIX_BYTES = 1024  # of a body: some 250 tokens, more than a dozen blocks of an engine's prefix cache
 SPLICED = ("model", "stream_options", "priority")
+_NULL = msgspec.Raw(b"null")
 
 
 class _StreamOptions(msgspec.Struct):
@@ -52,6 +53,8 @@ class _Chat(_Stream, kw_only=True):
 
 
 class _Completion(_Stream):
+    prompt: msgspec.Raw = _NULL  # engines know more kinds of it than OpenAI's
+    prompt_embeds: msgspec.Raw = _NULL  # vLLM's, in its place
     max_tokens: NotNegative | None = None  # 0 with `echo` scores a prompt
     n: Positive | None = None
 
@@ -81,6 +84,14 @@ _SHAPES: dict[str, type[_Body]] = {
     "/v1/messages": _Messages,
     "/v1/messages/count_tokens": _CountTokens,
     "/v1/embeddings": _Embeddings,
+}
+# What a call must have something in: in one of them, or it has nothing to ask.
+_NEEDED = {
+    "/v1/chat/completions": ("messages",),
+    "/v1/completions": ("prompt", "prompt_embeds"),
+    "/v1/messages": ("messages",),
+    "/v1/messages/count_tokens": ("messages",),
+    "/v1/embeddings": ("input",),
 }
 _DECODERS = {path: msgspec.json.Decoder(shape) for path, shape in _SHAPES.items()}
 _PLAIN = msgspec.json.Decoder(_Body)
@@ -137,7 +148,20 @@ def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: i
         deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
         session=session_of(headers),
         priority=fields.priority,
+        lacks=_lacks(_NEEDED.get(endpoint.path, ()), fields),
     )
+
+
+def _lacks(needed: tuple[str, ...], fields: _Body) -> str:
+    """The member that nothing is in, nor in what could stand in for it; "" where there is none."""
+    return needed[0] if needed and all(_is_empty(getattr(fields, name)) for name in needed) else ""
+
+
+def _is_empty(value: msgspec.Raw | list[msgspec.Raw] | str) -> bool:
+    if not isinstance(value, msgspec.Raw):
+        return value == []  # whether a text is empty the short form does not say
+    text = bytes(value)
+    return text == b"null" or (text[:1] == b"[" and not text[1:-1].strip())
 
 
 def session_of(headers: Mapping[str, str]) -> str:

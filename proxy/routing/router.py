@@ -41,11 +41,15 @@ class Router:
         self._decided: dict[tuple[str, Task], Decision] = {}
 
     def decide(self, call: Call) -> Decision:
-        """The candidates. Raises `NotFound` for an unknown model, `InvalidRequest` where none has the path's task."""
+        """The candidates. Raises `NotFound` for an unknown model, `InvalidRequest` where none has the path's task, and
+        for a call with nothing in it to a local model, which might be loaded only to say so. A remote one says it."""
         key = (call.model, call.endpoint.task)
         decided = self._decided.get(key)
         if decided is None:
             decided = self._decided[key] = self._decide(call)
+        if call.lacks and decided.candidates[0].local:
+            says = f"Field '{call.lacks}' is missing or empty; it needs at least one entry."
+            raise InvalidRequest(says, param=call.lacks)
         return decided
 
     def _decide(self, call: Call) -> Decision:

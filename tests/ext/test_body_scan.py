@@ -24,7 +24,8 @@ pytestmark = pytest.mark.native
 
 NAMES = (
     "model", "messages", "stream", "stream_options", "priority", "max_tokens", "max_completion_tokens", "n", "input",
-    "dimensions", "max_output_tokens", "temperature", "mod", "models", "tools",
+    "dimensions", "max_output_tokens", "temperature", "mod", "models", "tools", "prompt",
+    "prompt_embeds",
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -41,6 +42,8 @@ LIKELY = st.fixed_dictionaries(
         "max_tokens": st.integers(-1, 100),
         "n": st.integers(0, 3),
         "input": st.text() | st.lists(st.text()),
+        "prompt": VALUES,
+        "prompt_embeds": VALUES,
         "tools": VALUES,
     },
 )
@@ -125,8 +128,18 @@ def test_the_short_form_stays_short() -> None:
     body = json.dumps({"messages": ["x" * 1000] * 100, "model": "m", "input": "y" * 100_000, "x": [1] * 1000}).encode()
     scanned = scan(body, 256)
     assert scanned is not None
-    assert scanned[0] == b'{"messages":[],"model":"m","input":""}'
+    assert scanned[0] == b'{"messages":[0],"model":"m","input":""}'
     assert scan(json.dumps({"model": "m" * 5000}).encode(), 256) is None
+
+
+def test_the_short_form_says_what_nothing_is_in() -> None:
+    for nothing in (b"[]", b"[ \n]"):
+        scanned = scan(b'{"messages":%b,"input":%b,"prompt":%b,"prompt_embeds":null}' % ((nothing,) * 3), 256)
+        assert scanned is not None
+        assert scanned[0] == b'{"messages":[],"input":[],"prompt":[],"prompt_embeds":null}'
+    scanned = scan(b'{"input":[[]],"prompt":"%b\\u00e9","prompt_embeds":{"a":[]}}' % (b"x" * 9999), 256)
+    assert scanned is not None
+    assert scanned[0] == b'{"input":[0],"prompt":0,"prompt_embeds":0}'
 
 
 COUNTS = st.none() | st.integers(0, 2**40) | st.sampled_from([-1, 1.0, 1e3, "5", True])

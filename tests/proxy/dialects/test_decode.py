@@ -70,6 +70,33 @@ def test_the_default_model_stands_in_only_where_none_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "lacks"),
+    [
+        ("/v1/chat/completions", b'"messages":[]', "messages"),
+        ("/v1/chat/completions", b'"messages":[ \n ]', "messages"),
+        ("/v1/chat/completions", b'"messages":[1]', ""),
+        ("/v1/messages", b'"messages":[],"max_tokens":4', "messages"),
+        ("/v1/messages/count_tokens", b'"messages":[]', "messages"),
+        ("/v1/completions", b'"n":1', "prompt"),
+        ("/v1/completions", b'"prompt":null', "prompt"),
+        ("/v1/completions", b'"prompt":[ ]', "prompt"),
+        ("/v1/completions", b'"prompt":[],"prompt_embeds":null', "prompt"),
+        ("/v1/completions", b'"prompt":""', ""),
+        ("/v1/completions", b'"prompt":[[]]', ""),
+        ("/v1/completions", b'"prompt":{"an engine\'s own":1}', ""),
+        ("/v1/completions", b'"prompt_embeds":"gAJ9"', ""),
+        ("/v1/embeddings", b'"input":[]', "input"),
+        ("/v1/embeddings", b'"input":[[1]]', ""),
+        ("/v1/embeddings", b'"input":""', ""),
+        ("/v1/rerank", b'"documents":[]', ""),
+    ],
+)
+@pytest.mark.parametrize("name", [b'"model":"m",', b'"mod\\u0065l":"m",'], ids=["scanned", "decoded whole"])
+def test_a_call_without_anything_in_it_says_what_it_lacks(path: str, fields: bytes, lacks: str, name: bytes) -> None:
+    assert call(path, b"{" + name + fields + b"}").lacks == lacks
+
+
+@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/v1/embeddings", b'{"model":"m"}', "input"),

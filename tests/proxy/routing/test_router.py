@@ -73,3 +73,16 @@ def test_a_model_is_shown_with_its_profile_and_states() -> None:
     assert profile["strengths"] == ("code",)
     assert profile["deployments"] == [{"name": "words", "backend": "local/gpu", "state": "state of words"}]
     assert Catalog(CONFIG).entry("nope", 7, lambda _: "") is None
+
+
+def test_a_call_with_nothing_in_it_is_refused_before_a_local_model_and_left_to_a_remote_one() -> None:
+    router = Router(Catalog(CONFIG))
+    nothing = call("words", "/v1/embeddings")
+    nothing.lacks = "input"
+    with pytest.raises(InvalidRequest, match="Field 'input' is missing or empty") as caught:
+        router.decide(nothing)
+    assert caught.value.param == "input"
+    nothing = call("away")
+    nothing.lacks = "messages"
+    away = Config(backends=CONFIG.backends, models=(ModelConfig(id="away", backend="far"),))
+    assert Router(Catalog(away)).decide(nothing).reason == "remote"

@@ -140,7 +140,7 @@ async def test_a_stopping_scheduler_sends_nobody_elsewhere(proxy: Proxy) -> None
 
 async def test_anthropic_clients_hear_of_overload_in_their_own_word(proxy: Proxy) -> None:
     proxy.scheduler.refusal = (RefusalCode.QUEUE_FULL, 1.0)
-    response = await proxy.session.post("/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": []})
+    response = await proxy.session.post("/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": [1]})
     assert (response.status, (await response.json())["error"]["type"]) == (529, "overloaded_error")
 
 
@@ -212,7 +212,7 @@ async def test_headers_go_through_allow_lists_both_ways(proxy: Proxy) -> None:
 
 async def test_an_engine_gets_no_key_at_all(proxy: Proxy) -> None:
     await proxy.session.post(
-        "/v1/chat/completions", json={"model": "demo-chat", "messages": []}, headers={"authorization": "Bearer x"}
+        "/v1/chat/completions", json={"model": "demo-chat", "messages": ["Hi"]}, headers={"authorization": "Bearer x"}
     )
     assert "authorization" not in proxy.upstream.requests[0][1]
 
@@ -272,10 +272,10 @@ async def test_a_model_of_no_name_is_the_only_one_of_its_task(proxy: Proxy) -> N
     ],
 )
 async def test_each_path_reaches_the_engine_under_its_own_name(proxy: Proxy, path: str, model: str) -> None:
-    response = await proxy.session.post(path, json={"model": model, "odd": 1.5})
+    response = await proxy.session.post(path, json={"model": model, "prompt": 1.5})
     assert response.status == 200
     assert proxy.upstream.requests[-1][0] == path
-    assert json.loads(proxy.upstream.requests[-1][2]) == {"model": model, "odd": 1.5}
+    assert json.loads(proxy.upstream.requests[-1][2]) == {"model": model, "prompt": 1.5}
 
 
 async def test_a_remote_pool_is_bounded_and_its_overflow_refused_at_once(proxy: Proxy) -> None:
@@ -353,7 +353,7 @@ async def test_the_class_is_handed_on_to_vllm_and_a_caller_may_only_step_back_fr
     proxy: Proxy, path: str, latency_class: str, own: int | None, sent: int | None
 ) -> None:
     with_vllm(proxy)
-    body = {"model": "demo-chat", "messages": [], "prompt": "Hi"} | ({} if own is None else {"priority": own})
+    body = {"model": "demo-chat", "messages": ["Hi"], "prompt": "Hi"} | ({} if own is None else {"priority": own})
     await proxy.session.post(path, json=body, headers={"x-vramp-class": latency_class})
     assert proxy.upstream.last_body.get("priority") == sent
     assert {**proxy.upstream.last_body, "priority": own} == {**body, "priority": own}
@@ -362,7 +362,7 @@ async def test_the_class_is_handed_on_to_vllm_and_a_caller_may_only_step_back_fr
 async def test_an_engine_with_a_policy_of_the_users_own_is_told_no_class(proxy: Proxy) -> None:
     with_vllm(proxy, args=("--scheduling-policy=fcfs",))
     await proxy.session.post(
-        "/v1/chat/completions", json={"model": "demo-chat", "messages": []}, headers={"x-vramp-class": "batch"}
+        "/v1/chat/completions", json={"model": "demo-chat", "messages": ["Hi"]}, headers={"x-vramp-class": "batch"}
     )
     assert "priority" not in proxy.upstream.last_body
 
@@ -372,7 +372,7 @@ async def test_two_requests_of_different_classes_are_ordered_for_the_engine(prox
     for latency_class in ("batch", "fast"):
         await proxy.session.post(
             "/v1/chat/completions",
-            json={"model": "demo-chat", "messages": []},
+            json={"model": "demo-chat", "messages": ["Hi"]},
             headers={"x-vramp-class": latency_class},
         )
     batch, fast = (json.loads(body) for _, _, body in proxy.upstream.requests)

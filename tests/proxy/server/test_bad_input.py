@@ -72,6 +72,29 @@ async def test_a_bad_body_is_a_400_that_names_the_field(proxy: Proxy, name: str)
     await proxy.still_works()
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": []}, "messages"),
+        ("/v1/completions", {"max_tokens": 5}, "prompt"),
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/messages", {"messages": [], "max_tokens": 5}, None),
+    ],
+)
+async def test_a_call_with_nothing_in_it_loads_no_model(
+    proxy: Proxy, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    model = "demo-embed" if path == "/v1/embeddings" else "demo-chat"
+    response = await proxy.session.post(path, json={"model": model, **body})
+    assert response.status == 400
+    error = (await response.json())["error"]
+    assert (error["type"], error.get("param")) == ("invalid_request_error", param)
+    assert "is missing or empty" in error["message"]
+    assert proxy.scheduler.waiting == []
+    assert proxy.scheduler.tickets == []
+    await proxy.still_works()
+
+
 async def test_an_unknown_model_is_a_404_that_names_the_nearest(proxy: Proxy) -> None:
     response = await proxy.chat(model="demo-chta")
     assert response.status == 404

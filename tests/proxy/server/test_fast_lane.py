@@ -157,8 +157,12 @@ CALLS: dict[str, tuple[Any, bytes]] = {
     "the wrong task": (plain(), request(call("demo-embed"))),
     "bad JSON": (plain(), request(b'{"model":')),
     "bad fields": (plain(), request(call(max_tokens=-1))),
+    "no messages": (plain(), request(call(messages=[]))),
+    "no messages to a remote": (plain(), request(call("far", messages=[]))),
+    "no prompt": (plain(), request(call(), "/v1/completions")),
+    "a prompt": (plain(), request(call(prompt="x"), "/v1/completions")),
     "two models": (plain(), request(b'{"model":"far","messages":[],"model":"demo-chat"}')),
-    "an odd body": (plain(), request(b'{"model":"demo-chat","messages":[],"x":"\\ud800"}')),
+    "an odd body": (plain(), request(b'{"model":"demo-chat","messages":[1],"x":"\\ud800"}')),
 }
 SENT = request(call()).partition(b"\r\n\r\n")[2]
 CALLS["in chunks"] = (

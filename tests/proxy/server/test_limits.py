@@ -67,7 +67,7 @@ async def test_a_refusal_is_a_429_in_the_dialect_with_the_time_to_come_back(prox
 
 async def test_one_key_s_limit_is_not_another_s_and_strangers_count_for_nobody(proxy: Proxy) -> None:
     proxy.configure(keys=("sk-0", "sk-1"), limits=LimitsConfig(requests_per_minute=1))
-    body = {"model": "demo-chat", "messages": []}
+    body = {"model": "demo-chat", "messages": ["Hi"]}
 
     async def status(key: str) -> int:
         headers = {"authorization": f"Bearer {key}"}

@@ -130,7 +130,7 @@ async def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
 @pytest.mark.parametrize("kept", [b"", b"connection: keep-alive\r\n"])
 async def test_a_stream_to_an_http_1_0_client_ends_with_its_connection(proxy: Proxy, kept: bytes) -> None:
     proxy.upstream.behave = stream()
-    body = b'{"model":"demo-chat","messages":[],"stream":true}'
+    body = b'{"model":"demo-chat","messages":[1],"stream":true}'
     reader, writer = await asyncio.open_connection(*proxy.address)
     writer.write(
         b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n%b"

@@ -127,7 +127,7 @@ async def test_a_messages_stream_dies_in_anthropics_words(proxy: Proxy) -> None:
     start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":3}}}\n\n'
     proxy.upstream.behave = stream(start, then=die)
     response = await proxy.session.post(
-        "/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": [], "stream": True}
+        "/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": ["Hi"], "stream": True}
     )
     name, data = last_event(await response.read()).split(b"\n")
     assert name == b"event: error"
@@ -143,7 +143,7 @@ async def test_a_messages_stream_is_whole_at_its_stop_reason(proxy: Proxy) -> No
     )
     proxy.upstream.behave = stream(whole)
     response = await proxy.session.post(
-        "/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": [], "stream": True}
+        "/v1/messages", json={"model": "demo-chat", "max_tokens": 5, "messages": ["Hi"], "stream": True}
     )
     assert await response.read() == whole
     assert "stream_options" not in proxy.upstream.last_body

@@ -104,7 +104,7 @@ async def test_strangers_and_pages_have_no_rows(proxy: Proxy) -> None:
     await proxy.raw(b"nonsense\r\n\r\n")
     await proxy.settled()
     assert await proxy.rows() == []
-    body = {"model": "demo-chat", "messages": []}
+    body = {"model": "demo-chat", "messages": ["Hi"]}
     await proxy.session.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer sk-0"})
     assert [row["tenant"] for row in await proxy.rows()] == ["tenant-0"]
 
