@@ -8,7 +8,11 @@ Only click is imported before a command runs, so that `--help` and shell complet
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -23,6 +27,54 @@ Try it:
 """
 
 
+# what writing to a device that takes no more raises; a reader that has gone is EPIPE, which click ends quietly
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class _Command(click.Command):
+    """Knows which option was meant by a file or an address that came without one."""
+
+    allow_extra_args = True  # taken here, to be refused in better words
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        extra = super().parse_args(ctx, args)
+        if extra and not ctx.resilient_parsing:
+            meant = self._meant(extra[0]) if len(extra) == 1 else None
+            hint = f": did you mean {meant} {extra[0]}?" if meant else f"{'s' if extra[1:] else ''}: {' '.join(extra)}"
+            ctx.fail(f"unexpected argument{hint}")
+        return extra
+
+    def _meant(self, said: str) -> str | None:
+        address = ":" in said
+        kinds = {
+            "--trace": said.endswith(".csv"),
+            "--model": os.path.isdir(said),
+            "--listen": address,
+            "--admin": address,
+            "--config": True,
+        }
+        known = {name for param in self.params for name in param.opts}
+        return next((option for option, likely in kinds.items() if likely and option in known), None)
+
+
+class _Commands(click.Group):
+    """An output that takes no more is one line and exit 1, in every command."""
+
+    command_class = _Command
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if error.errno not in UNWRITABLE or error.filename is not None:
+                raise
+            with suppress(OSError):
+                click.echo(f"{click.style('error', 'red')}: the output cannot be written: {error.strerror}", err=True)
+            # what is left in the buffer would fail once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+
+
 def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
@@ -32,7 +84,9 @@ def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     ctx.exit()
 
 
-@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
     help="Show the version, and whether the native code is in use.",

@@ -621,6 +621,43 @@ def test_each_command_explains_itself_with_an_example(command: str) -> None:
     assert f"  vramp {command}" in shown
 
 
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["serve", "vramp.toml"], "did you mean --config vramp.toml?"),
+        (["serve", "/etc/vramp"], "did you mean --config /etc/vramp?"),
+        (["serve", "/"], "did you mean --model /?"),
+        (["status", "vramp.toml"], "did you mean --config vramp.toml?"),
+        (["status", "localhost:8081"], "did you mean --admin localhost:8081?"),
+        (["load", "demo-chat", "vramp.toml"], "did you mean --config vramp.toml?"),
+        (["plan", "--trace", "t.csv", "--config", "c.toml", "x.csv"], "did you mean --trace x.csv?"),
+        (["simulate", "arrivals.csv"], "did you mean --trace arrivals.csv?"),
+        (["simulate", "decisions"], "unexpected argument: decisions"),
+        (["check", "a.toml", "b.toml"], "unexpected argument: b.toml"),
+        (["serve", "a.toml", "b.toml"], "unexpected arguments: a.toml b.toml"),
+    ],
+)
+def test_a_file_named_without_its_option_is_told_which(args: list[str], meant: str) -> None:
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2
+    assert meant in result.output
+
+
+@pytest.mark.parametrize("args", [["--help"], ["models"], ["models", "--json"], ["status"]])
+def test_a_full_disk_is_a_line_and_not_a_traceback(admin: FakeAdmin, args: list[str]) -> None:
+    command = [sys.executable, "-m", "proxy.cli", *args]
+    environment = {**os.environ, "VRAMP_ADMIN": admin.address}
+    with open("/dev/full", "w") as full:
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert shown.stderr == "error: the output cannot be written: No space left on device\n"
+    assert shown.returncode == 1
+
+
+def test_an_error_that_is_not_the_output_s_is_not_taken_for_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_serve, "preflight", Mock(side_effect=OSError(errno.ENOSPC, "full", "state")))
+    assert isinstance(CliRunner().invoke(main, ["check", str(config)]).exception, OSError)
+
+
 def test_the_version_says_native_or_pure() -> None:
     from ext.backend import BACKEND  # noqa: PLC0415 - what the command itself imports late
 
