@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -95,6 +96,17 @@ def main() -> None:
     """One URL for many models: more local ones than fit into memory at once, and remote ones."""
 
 
+@contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """A stop (SIGTERM, Ctrl-C) is exit 0: nothing has begun that would have to end first."""
+    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _admin_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the commands that talk to a running server."""
     config = click.option("--config", metavar="FILE", help="Configuration whose admin_listen to use.")
@@ -139,19 +151,20 @@ def serve(
     fail later: ports, memory, disk, compiler, model folders. SIGHUP or a changed file reads the configuration again,
     SIGUSR2 starts a new version beside the old one, SIGTERM lets requests in flight finish.
     """
-    from proxy.cli_serve import serve
-    from proxy.config_load import Start
+    with _stopping_at_once():
+        from proxy.cli_serve import serve
+        from proxy.config_load import Start
 
-    start = Start(
-        config=config,
-        models=models,
-        engine=engine,
-        listen=listen,
-        admin_listen=admin_listen,
-        record=record,
-        workers=workers,
-    )
-    serve(start)
+        start = Start(
+            config=config,
+            models=models,
+            engine=engine,
+            listen=listen,
+            admin_listen=admin_listen,
+            record=record,
+            workers=workers,
+        )
+        serve(start)
 
 
 @main.command(

@@ -8,6 +8,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ DESCRIPTORS: Final = 65_536
 DEFAULT_ADMIN: Final = "127.0.0.1:8081"
 # the proxy ends its requests by itself after drain_s; the keeper steps in only when it does not
 DRAIN_GRACE_S: Final = 10.0
+STOPS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(start: Start) -> NoReturn:
@@ -45,8 +47,16 @@ def serve(start: Start) -> NoReturn:
     if any(finding.fatal for finding in findings):
         sys.exit(1)
     _tell(f"vramp: serving {loaded.source}, {_counted(loaded.config)}")
-    argv = keeper_argv(start, loaded.config)
-    os.execv(argv[0], argv)  # noqa: S606 - the keeper takes this process's place, and so its pid and its signals
+    _become(keeper_argv(start, loaded.config))
+
+
+def _become(argv: list[str]) -> NoReturn:
+    """The keeper takes this process's place, and so its pid and its signals: a stop waits until it can hear it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        os.execv(argv[0], argv)  # noqa: S606
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def check(path: str) -> None:

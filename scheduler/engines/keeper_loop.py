@@ -63,6 +63,7 @@ class Loop:
 
         self._signals = (receiver, sender)  # held: the signal machinery knows the sender by its number only
         self.selector.register(receiver, selectors.EVENT_READ, came)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # `vramp serve` has us start with a stop held back
 
 
 class Channel:

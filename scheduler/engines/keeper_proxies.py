@@ -196,7 +196,7 @@ class Proxies:
     def _serving_gone(self, proxy: Proxy, status: int) -> None:
         self._serving = None
         if self._stopping:
-            self._status = self._status or status
+            self._stopped(status)
         elif self._successor is not None:
             say(f"the proxy {ended(status)} before it could hand over: its successor goes on")
             self._serving, self._successor = self._successor, None
@@ -221,9 +221,13 @@ class Proxies:
         self._leaving = None
         say(f"the version before {ended(status)}" if status else "the version before has finished its requests")
         if self._stopping:
-            self._status = self._status or status
+            self._stopped(status)
         if self._serving is not None:
             self._serving.send({"op": "left"})
+
+    def _stopped(self, status: int) -> None:
+        if status != -signal.SIGTERM:  # else it had not come so far as to handle it, and had nothing to finish
+            self._status = self._status or status
 
     def _still_starting(self, successor: Proxy) -> None:
         if successor.taking is None:

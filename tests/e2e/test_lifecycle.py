@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,30 @@ def test_a_proxy_that_hangs_says_where_and_another_serves_with_its_engines(confi
         assert served.model("a")["pids"] == engine
         assert "has given no sign of life for" in served.tail()
         assert served.stop() == 0
+
+
+def test_a_stop_at_any_moment_of_the_start_is_clean(config: Path) -> None:
+    """From the first moment that it can be told on, through the keeper's start and the proxy's."""
+    moments: dict[str, Callable[[Served], bool]] = {
+        "it is about to become the keeper": lambda served: "vramp: serving" in served.tail(),
+        "the keeper has a child": lambda served: len(served.family()) > 1,
+        "clients can connect": accepts,
+        "it is ready": Served.ready,
+    }
+    for moment, has_come in moments.items():
+        served = Served(config, config.parent)
+        try:
+            served.wait(lambda: has_come(served), moment)  # noqa: B023 - called in this turn
+            assert served.stop() == 0, f"{moment}\n{served.tail()}"
+            assert served.survivors() == [], moment
+        finally:
+            served.__exit__()
+
+
+def accepts(served: Served) -> bool:
+    with suppress(ConnectionError), socket.create_connection(("127.0.0.1", served.port)):
+        return True
+    return False
 
 
 def test_sockets_that_systemd_opened_are_served_and_their_ports_are_not_in_the_way(config: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -472,6 +473,31 @@ def test_closed_standard_streams_are_opened_before_anything_takes_their_place() 
     closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
     shown = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=True)
     assert shown.stderr == "/dev/null /dev/null True True"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("point", ["load_start", "reap", "preflight"])
+def test_a_stop_while_serve_looks_around_is_no_failure(
+    config: Path, execv: list[list[str]], monkeypatch: pytest.MonkeyPatch, point: str, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(cli_serve, point, lambda *_, **__: os.kill(os.getpid(), number))
+    result = CliRunner().invoke(main, ["serve", "--config", str(config)])
+    assert (result.exit_code, execv) == (0, [])
+    assert signal.getsignal(number) is before
+
+
+def test_a_stop_is_held_back_until_the_keeper_hears_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[set[int]] = []
+
+    def become(_path: str, _argv: list[str]) -> None:
+        held.append({*signal.pthread_sigmask(signal.SIG_BLOCK, ())})
+        raise Became
+
+    monkeypatch.setattr(os, "execv", become)
+    assert isinstance(CliRunner().invoke(main, ["serve", "--config", str(config)]).exception, Became)
+    assert {signal.SIGTERM, signal.SIGINT} <= held[0]
+    assert not {signal.SIGTERM, signal.SIGINT} & {*signal.pthread_sigmask(signal.SIG_BLOCK, ())}
 
 
 def test_serve_hands_on_every_model() -> None:

@@ -146,6 +146,12 @@ def test_sigterm_leaves_nothing_and_exits_with_0(rig: Callable[..., Rig]) -> Non
     assert not any(lives(pid) for pid in pids)
 
 
+def test_a_stop_before_the_proxy_can_hear_of_it_is_as_good_as_any(rig: Callable[..., Rig]) -> None:
+    kept = rig(proxy=python("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"))
+    _, said = kept.process.communicate(timeout=PATIENCE_S)
+    assert (kept.process.returncode, said) == (0, "")
+
+
 def test_a_proxy_that_does_not_drain_in_time_is_ended(rig: Callable[..., Rig], tmp_path: Path) -> None:
     up = tmp_path / "up"
     proxy = f"""
