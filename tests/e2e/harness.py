@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -173,12 +174,17 @@ class Served:
         return found
 
     def kill(self, *pids: int, number: int = signal.SIGKILL) -> None:
-        """A signal to processes of ours, and never to another: a pid that is wrong must not end the test run."""
+        """A signal to processes of ours, and never to another: a pid that is wrong must not end the test run.
+
+        Whoever has gone by itself since the caller looked, or goes with the first of them, is not missed.
+        """
         ours = {process.pid for process in self.family()}
         assert pids, "there is nothing to kill"
-        assert ours.issuperset(pids), f"not all ours: {pids}"
-        for pid in pids:
-            os.kill(pid, number)
+        strangers = [pid for pid in pids if pid not in ours and psutil.pid_exists(pid)]
+        assert not strangers, f"not ours: {strangers} of {pids}"
+        for pid in ours.intersection(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def survivors(self) -> list[str]:
         """Processes that were ever ours and still run."""

@@ -652,13 +652,14 @@ async def test_a_client_that_leaves_at_any_point_costs_nothing(fast: Proxy, sent
 
 async def test_a_stop_ends_what_is_in_flight_with_words(fast: Proxy) -> None:
     fast.upstream.behave = stream(chunk("a"), then=hang)  # type: ignore[arg-type]
-    asking = asyncio.create_task(answer_to(fast, request(call(stream=True))))
-    await fast.upstream.arrived.wait()
-    await asyncio.sleep(0.05)
+    reader, writer = await asyncio.open_connection(*fast.address)
+    writer.write(request(call(stream=True)))
+    await reader.readuntil(b'"a"')
     waiting = asyncio.create_task(answer_to(fast, request(call())))
     await until(lambda: fast.handler.in_flight == 2)
     await fast.server.close()
-    assert b"stopping" in await asking
+    assert b"stopping" in await reader.readuntil(b"\r\n0\r\n\r\n")
+    writer.close()
     assert (await waiting).startswith((b"HTTP/1.1 503 ", b"HTTP/1.1 200 "))
 
 

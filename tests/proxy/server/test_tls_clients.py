@@ -283,7 +283,7 @@ async def test_what_comes_to_no_tls_leaves_nothing(
 async def test_a_handshake_that_takes_too_long_is_ended(
     pair: Pair, trust: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_module, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(fast_module, "HANDSHAKE_S", 0.5)
     async with FakeUpstream() as upstream:
         proxy = Proxy(upstream, upstream, tmp_path / "access.log", fast=True, tls=pair.context())
         await proxy.start()
@@ -292,7 +292,7 @@ async def test_a_handshake_that_takes_too_long_is_ended(
         assert await reader.read() == b""
         writer.close()
         reader, writer = await asyncio.open_connection(*proxy.address, ssl=trust)
-        await asyncio.sleep(0.3)  # a client that has shaken hands may wait with its first request
+        await asyncio.sleep(0.8)  # a client that has shaken hands may wait with its first request
         assert (await next_answer(reader, writer, request(call()))).startswith(b"HTTP/1.1 200 ")
         writer.close()
         await proxy.stop()
@@ -302,7 +302,7 @@ async def test_a_stop_lets_last_words_through(proxy: Proxy, trust: ssl.SSLContex
     proxy.upstream.behave = stream(chunk("a"), then=hang)  # type: ignore[arg-type]
     asking = [asyncio.create_task(ask(proxy, trust, streaming_call(over=over))) for over in (False, True)]
     await until(lambda: len(proxy.upstream.requests) == 2 and proxy.handler.in_flight == 2)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)  # their first events have arrived; no counter tells
     await proxy.server.close()
     for answer in await asyncio.gather(*asking):
         assert b"stopping" in answer

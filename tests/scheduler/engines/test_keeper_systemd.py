@@ -35,12 +35,12 @@ HANGS = """
 
 def test_a_proxy_that_hangs_is_ended_and_another_started(rig: Callable[..., Rig], tmp_path: Path) -> None:
     first = tmp_path / "first"
-    kept = rig("--hang-limit", "0.2", setup="keeper_proxies.BEAT_S = 0.02", proxy=[*python(HANGS), str(first)])
+    kept = rig("--hang-limit", "0.6", setup="keeper_proxies.BEAT_S = 0.02", proxy=[*python(HANGS), str(first)])
     pid = int(eventually(lambda: first.exists() and first.read_text()))
     eventually(lambda: not lives(pid))
     eventually((tmp_path / "first.next").exists)
     kept.process.send_signal(signal.SIGSTOP)  # a keeper that was stopped itself suspects nobody
-    time.sleep(0.4)
+    time.sleep(0.9)
     kept.process.send_signal(signal.SIGCONT)
     code, said = kept.stop()
     assert (code, said.count("has given no sign of life")) == (0, 1)

@@ -39,7 +39,7 @@ def test_a_successor_that_dies_leaves_the_old_proxy_serving(rig: Callable[..., R
 
 
 def test_a_successor_that_takes_too_long_to_start_is_ended(rig: Callable[..., Rig]) -> None:
-    kept = rig(setup="keeper_proxies.UPGRADE_START_LIMIT_S = 0.2")
+    kept = rig(setup="keeper_proxies.UPGRADE_START_LIMIT_S = 0.8")
     old = kept.ask("who")["pid"]
     kept.process.send_signal(signal.SIGUSR2)
     eventually(lambda: len(proxies(kept)) == 2)
