@@ -56,6 +56,9 @@ class Owner(Protocol):
         `whole`: what was read is one request and nothing else.
         """
 
+    def refuse_bare(self, fd: int, remote: str) -> None:
+        """Tell this client, who spoke plain HTTP where TLS is spoken, to use TLS. Its descriptor is the owner's now."""
+
     def bug(self, exchange: Exchange | None) -> None:
         """Called in an `except` block: an error of ours ended this exchange and its connections."""
 

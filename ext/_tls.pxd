@@ -5,7 +5,7 @@ cdef enum:
 
 cdef class Tls:
     cdef object _object, _read, _write, _incoming, _outgoing
-    cdef readonly bint shaken, ended
+    cdef readonly bint shaken, ended, bare
     cdef readonly str words
 
     cdef int shake(self) except -2

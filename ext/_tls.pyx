@@ -6,8 +6,8 @@ and one set of settings for both lanes. What it costs beside OpenSSL itself is a
 Refused: linking OpenSSL (a second one beside Python's, with headers to build and a version to follow), uvloop's
 transports (five times a request's cost), and TLS in the kernel (Python's `ssl` gives nobody the keys).
 
-Nothing here waits, or raises what a peer can cause: `words` says why the connection cannot be used any more, `ended`
-that the peer has ended it as TLS demands. An end without that may be somebody else's, who cuts an answer short.
+Nothing here waits, or raises what a peer can cause: `words` says why the connection cannot be used any more, `bare`
+that this is because the peer speaks HTTP without TLS, `ended` that it has ended the connection as TLS demands. An end without that may be somebody else's, who cuts an answer short.
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
@@ -40,6 +40,7 @@ cdef class Tls:
             return 0
         except ssl.SSLError as error:
             self.words = why(error)
+            self.bare = self.bare or error.reason == "HTTP_REQUEST"
             return -1
         self.shaken = True
         return 1

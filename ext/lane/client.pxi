@@ -249,8 +249,7 @@ cdef class Client(Conn):
         if size <= 0:
             if size < 0 and (errno == EAGAIN or errno == EINTR):
                 return self._just_shaken()
-            self._gone()
-            return 0
+            return self._bare() if self._shaking and self._tls.bare else self._gone()
         self._shaking = False
         self._in_len += size
         if self._exchange is None and self._out_len == 0:
@@ -861,6 +860,14 @@ cdef class Client(Conn):
         self._exchange = self._scanner = self._pool = None
         self._drop(False)
         self._relay._owner.hand_over(fd, data, exchange, self.remote, whole)
+        return 0
+
+    cdef int _bare(self) except -1:
+        """It speaks no TLS, but can be told."""
+        cdef int fd = self._fd
+        self._tls = None
+        self._drop(False)
+        self._relay._owner.refuse_bare(fd, self.remote)
         return 0
 
     cdef int _bridged(self) except -1:

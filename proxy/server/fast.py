@@ -28,7 +28,7 @@ from ext.relay import Exchange as RelayExchange
 from proxy.dialects.call import Call
 from proxy.dialects.decode import estimated_tokens, session_of
 from proxy.dialects.splice import edits_of
-from proxy.errors import CallError
+from proxy.errors import CallError, InvalidRequest
 from proxy.gate.limits import withdraw
 from proxy.observe.outcome import Outcome
 from proxy.server.fast_exchange import Exchange
@@ -47,6 +47,7 @@ from proxy.server.turns import Turns
 log = logging.getLogger("vramp.server")
 
 HANDSHAKE_S = 10.0  # of TLS, for a client
+NO_REQUEST = b"\0"  # no parser waits for more of it
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
 KEPT = ("authorization", "x-api-key", "api-key", "host", "x-request-id", "x-vramp-class", "x-vramp-session", *FORWARDED)
 # Headers that change how a request is read, or ask for what takes time: their requests are for the ordinary lane.
@@ -363,11 +364,17 @@ class FastLane:
     def hand_over(self, fd: int, data: bytes, exchange: RelayExchange | None, remote: str, whole: bool) -> None:
         """See `Owner`: aiohttp goes on with the connection."""
         tried = exchange.tried if isinstance(exchange, Exchange) else None
+        self._hand_over(fd, Handed(data, tried, remote, self.take_back if whole else None))
+
+    def refuse_bare(self, fd: int, remote: str) -> None:
+        """See `Owner`: aiohttp tells it, and lingers while it goes on sending."""
+        refusal = InvalidRequest("TLS is spoken here: use https:// in place of http://.", code="https_required")
+        self._hand_over(fd, Handed(NO_REQUEST, None, remote, None, refusal))
+
+    def _hand_over(self, fd: int, handed: Handed) -> None:
         connection = socket.socket(fileno=fd)
         connection.setblocking(False)
-        task = self._loop.create_task(
-            self._connect(connection, Handed(data, tried, remote, self.take_back if whole else None)), name="hand over"
-        )
+        task = self._loop.create_task(self._connect(connection, handed), name="hand over")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -241,12 +241,14 @@ class Handed(msgspec.Struct, frozen=True):
     """A connection that the fast lane hands over, of a client at `remote`, with what was `read` of it.
 
     If that is one whole request and nothing else, the lane takes the connection back (`take_back`) with the next.
+    `refusal`: what was read is no request, for this reason.
     """
 
     read: bytes
     tried: Tried | None
     remote: str
     take_back: Callable[[socket.socket, bytes, str], None] | None
+    refusal: CallError | None = None
 
 
 class TakesOver(Protocol):

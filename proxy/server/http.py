@@ -116,7 +116,8 @@ class Protocol(RequestHandler):
     def _make_error_handler(self, err_info: Any) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
         async def refuse(request: web.BaseRequest) -> web.StreamResponse:
             self.close()  # from here on what arrives is dropped unparsed
-            response = self._handler.malformed(request, _explain(err_info.exc))
+            refusal = self._handed.refusal if self._handed is not None else None
+            response = self._handler.malformed(request, refusal or _explain(err_info.exc))
             response.force_close()
             await response.prepare(request)
             await response.write_eof()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import socket
 import ssl
@@ -267,7 +268,7 @@ async def test_a_client_that_leaves_ends_the_work_upstream(
     assert (await ask(proxy, trust, request(call()))).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", HEALTH, b"\x16\x03\x01\x00\x05hello"])
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x00\x05hello"])
 async def test_what_comes_to_no_tls_leaves_nothing(
     proxy: Proxy, trust: ssl.SSLContext, handed_over: list[bytes], said: bytes
 ) -> None:
@@ -278,6 +279,21 @@ async def test_what_comes_to_no_tls_leaves_nothing(
     writer.close()
     assert (await ask(proxy, trust, request(call()))).startswith(b"HTTP/1.1 200 ")
     assert handed_over == []
+
+
+@pytest.mark.parametrize("said", [HEALTH, request(call()), request(call(content="x" * 300_000))], ids=len)
+async def test_plain_http_is_told_to_use_https(proxy: Proxy, trust: ssl.SSLContext, said: bytes) -> None:
+    reader, writer = await asyncio.open_connection(*proxy.address)
+    writer.write(said)
+    head, body = (await reader.readuntil(b"}}")).split(b"\r\n\r\n")
+    assert b" 400 " in head.partition(b"\r\n")[0]
+    assert json.loads(body)["error"]["code"] == "https_required"
+    assert "use https://" in json.loads(body)["error"]["message"]
+    assert (proxy.upstream.requests, proxy.scheduler.tickets) == ([], [])
+    writer.close()
+    assert (await ask(proxy, trust, request(call()))).startswith(b"HTTP/1.1 200 ")
+    await proxy.settled()
+    assert [line["status"] for line in await proxy.lines()] == [400, 200]
 
 
 async def test_a_handshake_that_takes_too_long_is_ended(
