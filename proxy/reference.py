@@ -1,8 +1,8 @@
-"""Writes the reference pages from the code: configs/vramp.example.toml, docs/config.md, docs/cli.md.
+"""Writes the reference pages from the code: configs/vramp.example.toml, docs/config.md, docs/cli.md, docs/metrics.md.
 
     python -m proxy.reference
 
-Tests compare the files with what this module would write, so that neither a key nor an option goes undocumented.
+Tests compare the files with what this module would write, so that no key, option or metric goes undocumented.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from proxy.cli import main as command_line
 from proxy.config import Config, Key
 from proxy.config_diff import KEEPERS, RESTART
 from proxy.config_shape import range_words, section_of, unit_of, unwrap
+from proxy.reference_metrics import metrics_page
 
 ROOT: Final = Path(__file__).parent.parent
 WIDTH: Final = 110
@@ -76,6 +77,7 @@ def pages() -> dict[str, str]:
         "configs/vramp.example.toml": "\n".join([EXAMPLE_HEAD, *_example(Config, "", "")]).rstrip() + "\n",
         "docs/config.md": _config_page(),
         "docs/cli.md": _cli_page(),
+        "docs/metrics.md": metrics_page(),
     }
 
 

@@ -191,7 +191,8 @@ class Metrics(Collector):
 
 def _of_requests(counts: Counts) -> Iterator[Metric]:
     labels = ("model", "backend", "class")
-    requests = CounterMetricFamily("vramp_requests", "Requests that ended.", labels=(*labels, "status_class"))
+    ended = "Requests that ended. One whose client left first is 4xx."
+    requests = CounterMetricFamily("vramp_requests", ended, labels=(*labels, "status_class"))
     duration = HistogramMetricFamily(
         "vramp_request_duration_seconds", "From the first byte of a request to its end.", labels=labels
     )
