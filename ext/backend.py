@@ -1,7 +1,7 @@
 """Which twin runs, native or pure, decided once, at import.
 
-Falling back is never silent: `BACKEND`, `MODULES` and `REASONS` are what start-up, the health page and
-`vramp --version` show. Refused: deciding module by module at first use, because then nobody could tell at start.
+Falling back is never silent: a server says why when it starts (`describe`), and `vramp status` and `vramp --version`
+show `BACKEND`. Refused: deciding module by module at first use, because then nobody could tell at start.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from ext.backend import BACKEND
+from ext.backend import BACKEND, describe
 from ext.rate_counters import RateCounters
 from proxy import __version__
 from proxy.admin.api import Admin
@@ -457,10 +457,18 @@ async def serve(start: Start) -> int:
     return 0
 
 
+def slow_parts() -> Iterator[str]:
+    """What runs without native code, so that a request costs several times as much: a line each, with the remedy."""
+    if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
+        yield "aiohttp runs its slow Python parser; install a wheel of it for this platform"
+    if BACKEND != "native":
+        yield f"vramp's own extensions are {describe()}; docs/ext.md says how they are built"
+
+
 def main() -> int:
     """Run on uvloop."""
-    if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
-        print("warning: aiohttp runs its slow Python parser; install a wheel of it for this platform", file=sys.stderr)
+    for warning in slow_parts():
+        print(f"warning: {warning}", file=sys.stderr)
     faulthandler.enable()  # the keeper ends a proxy that hangs with SIGABRT: then it says where
     gc.freeze()  # what was imported lives as long as we do: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

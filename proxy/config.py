@@ -335,7 +335,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         tuple[str, ...],
         Key(
             "The command line of the engine, for kind command. ${PORT} stands for the loopback port it must serve, "
-            "${MODEL_PATH} for path.",
+            "${MODEL_PATH} for path. It is ready when GET /health or, without that, GET /v1/models is 200, and a "
+            "request for one token, or one embedding, is answered.",
             example=["llama-server", "--port", "${PORT}", "--model", "${MODEL_PATH}"],
         ),
     ] = ()

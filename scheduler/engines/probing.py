@@ -12,6 +12,7 @@ import aiohttp
 from scheduler.engines.base import ProbeError
 
 QUOTED = 300  # characters of an engine's refusal that are shown
+NO_SUCH_PATH = (404, 405, 501)
 
 
 async def probe_openai(
@@ -19,7 +20,7 @@ async def probe_openai(
 ) -> bool:
     """True: it answered a real request. False: not yet. Raises ProbeError when it refuses what every engine can do.
 
-    `task` is generate or embed. An engine without `/health` (404) is asked for `/v1/models`; one that refuses chat,
+    `task` is generate or embed. An engine without `/health` is asked for `/v1/models`; one that refuses chat,
     for instance for want of a chat template, for a plain completion.
     """
     try:
@@ -40,7 +41,7 @@ async def probe_openai(
 
 async def _is_up(session: aiohttp.ClientSession, base_url: str) -> bool:
     async with session.get(f"{base_url}/health") as reply:
-        if reply.status != 404:
+        if reply.status not in NO_SUCH_PATH:
             return reply.status == 200
     async with session.get(f"{base_url}/v1/models") as reply:
         return reply.status == 200

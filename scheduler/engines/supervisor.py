@@ -124,7 +124,8 @@ class Supervisor:
                     await self._start(engine, kind, device_env, on_progress)
             except TimeoutError:
                 await self._end_failed(engine, stop_timeout_s)
-                raise EngineExit(f"not ready within {start_timeout_s:g} s", self._tail(engine)) from None
+                why = f"not ready within {start_timeout_s:g} s (start_timeout_s)"
+                raise EngineExit(why, self._tail(engine)) from None
             except EngineExit:
                 await self._end_failed(engine, stop_timeout_s)
                 if last_try or not _port_was_taken(self._tail(engine)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import NoReturn
 from unittest.mock import Mock
@@ -27,3 +30,14 @@ async def test_a_hole_in_our_checks_does_not_end_a_server_that_reloads(
     app._front.configure.assert_not_called()
     app._link.reloaded.assert_called_once_with("a changed configuration could not be read, why is in the log")
     assert "nobody thought of this file" in caplog.text
+
+
+def slow_parts(**env: str) -> str:
+    code = "from proxy.app import slow_parts; print(*slow_parts())"
+    return subprocess.check_output([sys.executable, "-c", code], env={**os.environ, **env}, text=True)
+
+
+@pytest.mark.native
+def test_a_server_without_native_code_says_so_at_start() -> None:
+    assert slow_parts(VRAMP_PURE="0").strip() == ""
+    assert "extensions are pure (VRAMP_PURE is set)" in slow_parts(VRAMP_PURE="1")

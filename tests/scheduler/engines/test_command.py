@@ -95,6 +95,7 @@ async def probe() -> AsyncIterator[Probe]:
     [
         ({"/health": (200, ""), CHAT: TOKEN}, True),
         ({"/v1/models": (200, {}), CHAT: TOKEN}, True),  # no /health
+        ({"/health": (501, ""), "/v1/models": (200, {}), CHAT: TOKEN}, True),  # likewise
         ({CHAT: TOKEN}, False),  # neither
         ({"/health": (503, {"error": "Loading model"}), CHAT: TOKEN}, False),  # llama.cpp while it loads
         ({"/health": (200, ""), CHAT: (503, "")}, False),
