@@ -6,10 +6,13 @@ a model that became ready and turns away those whose model failed. What is loade
 A model that becomes ready serves everything that waits for it, as far as it has room, before it can become a victim:
 two models that trade places always make progress.
 
-Unknown engine ids are late news and change nothing. O(devices) each, besides the tickets let in or turned away.
+Unknown engine ids are late news and change nothing. O(devices) each, besides the tickets let in or turned away; a
+reading is O(models that are waited for) times O(pinned models).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from scheduler.attest import difference
 from scheduler.books import Books
@@ -19,10 +22,11 @@ from scheduler.fairness import LoadShares
 from scheduler.model import RefusalCode, Residency, SchedulerSettings, StopCause
 from scheduler.placement import Placement
 from scheduler.state import ModelState
-from scheduler.tickets import Tickets, load_failed
+from scheduler.tickets import Tickets, load_failed, never_fits
 from scheduler.timers import Timers
 
 TTL_AGAIN_S = 1.0  # while a neighbour starts, nothing leaves the device
+IMPOSSIBLE_S = 10.0  # for so long a model has no place before those who wait for it are told: a reading may be a moment
 MAX_CRASHES = 3  # a ready engine that dies this often without serving anybody in between is backed off
 
 
@@ -38,6 +42,7 @@ class Lifecycle:
         self._models = books.models
         self._tickets = tickets
         self._timers = timers
+        self._impossible: dict[str, float] = {}  # models that are waited for in vain, and since when
 
     # ---------------------------------------------------------------- starts
 
@@ -210,6 +215,22 @@ class Lifecycle:
         for model in self._books.leaving(event.device):
             if model.engine is not None and self._books.departures.complete(model.engine):
                 out += self._gave_back(model, now)
+        return out + self._give_up(now)
+
+    def _give_up(self, now: float) -> list[Command]:
+        """Who waits for a model that has had no place for a while hears what who comes now would hear: a pinned one
+        came, or grew, or the model itself did."""
+        reasons = {
+            model: reason
+            for model in self._books.wanted
+            if model.engine is None and (reason := self._books.never_fits(model.spec)) is not None
+        }
+        since = self._impossible
+        self._impossible = {model.spec.name: since.get(model.spec.name, now) for model in reasons}
+        out: list[Command] = []
+        for model, reason in reasons.items():
+            if now - self._impossible[model.spec.name] >= IMPOSSIBLE_S:
+                out += self._tickets.turn_away(model, partial(never_fits, reason=reason))
         return out
 
     def _gave_back(self, model: ModelState, now: float) -> list[Command]:

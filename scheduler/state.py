@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ext.weighted_semaphore import Capacity
 from scheduler.admission import WaitQueue
@@ -83,6 +83,11 @@ class Wanted:
 
     def __len__(self) -> int:
         return len(self.others) + sum(map(len, self._by_device.values()))
+
+    def __iter__(self) -> Iterator[ModelState]:
+        yield from self.others.values()
+        for each in self._by_device.values():
+            yield from each.values()
 
     def place(self, model: ModelState) -> dict[str, ModelState] | None:
         """Where the model belongs now."""

@@ -193,7 +193,7 @@ class Tickets:
         if model.state is Residency.FAILED:
             return load_failed(ticket, model, now)
         if model.engine is None and (reason := self._books.never_fits(model.spec)) is not None:
-            return Refuse(ticket.id, RefusalCode.NEVER_FITS, reason)
+            return never_fits(ticket, reason)
         if ticket.deadline_s is not None and ticket.deadline_s <= now:
             return Refuse(ticket.id, RefusalCode.DEADLINE, "its deadline has passed already")
         if ticket.deadline_s is not None and model.loads:  # what was never loaded may be faster than was guessed
@@ -248,6 +248,11 @@ def load_failed(ticket: Ticket, model: ModelState, now: float) -> Refuse:
     pause = max(0.0, model.retry_at_s - now)
     reason = f"{ticket.model} could not be loaded: {model.last_error}; next try in {pause:.0f} s"
     return Refuse(ticket.id, RefusalCode.LOAD_FAILED, reason, pause)
+
+
+def never_fits(ticket: Ticket, reason: str) -> Refuse:
+    """There is no place for the model, and none will come."""
+    return Refuse(ticket.id, RefusalCode.NEVER_FITS, reason)
 
 
 def _check_head(model: ModelState) -> None:

@@ -7,6 +7,7 @@ import pytest
 from scheduler.commands import Load, Refuse
 from scheduler.core import Core
 from scheduler.events import ConfigChanged, EngineReady, LoadAsked, LoadProgress, UnloadAsked
+from scheduler.lifecycle import IMPOSSIBLE_S
 from scheduler.model import DeviceSpec, LatencyClass, ModelSpec, RefusalCode, Residency, SchedulerSettings
 from scheduler.residency import TRANSITIONS, IllegalTransition, move
 from tests.scheduler.conftest import MakeWorld, MiB, World, kinds, spec
@@ -138,6 +139,48 @@ def test_pinned_memory_counts_as_never_to_be_had(world: MakeWorld) -> None:
     _, (refusal,) = w.arrive("b")
     assert refusal.code == RefusalCode.NEVER_FITS
     assert "1000 MiB of it pinned" in refusal.reason
+
+
+def test_who_waits_for_a_model_that_has_become_impossible_hears_it_before_the_longest_wait(world: MakeWorld) -> None:
+    w = world(memory=1500, a=spec("a", 700, pinned=True), b=700, c=700)
+    engine = w.resident("a")
+    w.measured(foreign=400 * MiB)
+    first, commands = w.arrive("b")
+    second, _ = w.arrive("b")
+    other, _ = w.arrive("c")
+    assert commands == []
+    w.step(ConfigChanged((spec("a", 700, pinned=True), spec("b", 900), spec("c", 700)), SchedulerSettings()))
+    _, (refusal,) = w.arrive("b")
+    assert isinstance(refusal, Refuse)
+    assert w.measured(foreign=400 * MiB) == []
+    assert w.at(w.now + IMPOSSIBLE_S - 0.1).measured(foreign=400 * MiB) == []
+    refused = w.at(w.now + 0.1).measured(foreign=400 * MiB)
+    assert refused == [Refuse(each, RefusalCode.NEVER_FITS, refusal.reason) for each in (first, second)]
+    (load,) = w.measured(engines={engine: 700 * MiB})
+    assert kinds(w.ready(load)) == [f"admit {other}"]
+
+
+def test_what_is_impossible_for_a_moment_refuses_nobody_who_waits(world: MakeWorld) -> None:
+    w = world(memory=1500, a=spec("a", 700, pinned=True), b=700)
+    engine = w.resident("a")
+    w.measured(foreign=400 * MiB)
+    waits, _ = w.arrive("b")
+    for _ in range(3):
+        assert w.at(w.now + IMPOSSIBLE_S).measured(engines={engine: 1000 * MiB}, foreign=400 * MiB) == []
+        assert w.at(w.now + IMPOSSIBLE_S / 2).measured(engines={engine: 700 * MiB}, foreign=400 * MiB) == []
+    (load,) = w.measured(engines={engine: 700 * MiB})
+    assert kinds(w.ready(load)) == [f"admit {waits}"]
+
+
+def test_memory_of_strangers_makes_nothing_impossible(world: MakeWorld) -> None:
+    w = world(memory=1500, a=700)
+    w.measured(foreign=1000 * MiB)
+    waits, commands = w.arrive("a")
+    for _ in range(3):
+        commands += w.at(w.now + IMPOSSIBLE_S).measured(foreign=1000 * MiB)
+    assert commands == []
+    (load,) = w.measured()
+    assert kinds(w.ready(load)) == [f"admit {waits}"]
 
 
 def test_one_start_per_device_at_a_time(world: MakeWorld) -> None:
