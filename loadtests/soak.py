@@ -173,7 +173,7 @@ class Client:
             self._count("nonsense", answer.status, 400)
 
     async def _unknown(self) -> None:
-        async with self._post({"model": "nobody", "messages": []}) as answer:
+        async with self._post(self._body() | {"model": "nobody"}) as answer:
             await answer.read()
             self._count("unknown model", answer.status, 404)
 
