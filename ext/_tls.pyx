@@ -7,7 +7,8 @@ Refused: linking OpenSSL (a second one beside Python's, with headers to build an
 transports (five times a request's cost), and TLS in the kernel (Python's `ssl` gives nobody the keys).
 
 Nothing here waits, or raises what a peer can cause: `words` says why the connection cannot be used any more, `bare`
-that this is because the peer speaks HTTP without TLS, `ended` that it has ended the connection as TLS demands. An end without that may be somebody else's, who cuts an answer short.
+that this is because the peer speaks HTTP without TLS, `ended` that it has ended the connection as TLS demands. An end
+without that may be somebody else's, who cuts an answer short.
 """
 
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
