@@ -16,9 +16,11 @@ from scheduler.engines.vllm_metrics import METRICS
 
 LIMIT_S = 0.5
 MOST_BYTES = 4 << 20
-_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.M)
+_QUOTED = r'"(?:[^"\\\n]|\\.)*+"'
+_LABELS = rf"(?:[^\"}}\n]|{_QUOTED})*+"
+_SAMPLE = re.compile(rf"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{{(?P<labels>{_LABELS})\}})? (?P<value>\S+)$", re.M)
 _TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.M)
-_DROPPED = re.compile(r'(?:engine|model_name)="[^"]*",?')
+_DROPPED = re.compile(rf"\b(?:engine|model_name)={_QUOTED},?")
 
 
 class EngineScraper:
@@ -61,12 +63,13 @@ def merge(pages: Iterator[tuple[str, str]]) -> str:
 
 def _translated(page: str, model: str) -> Iterator[tuple[str, str]]:
     """(the engine's metric, our line) for every sample that the table knows. Linear in the page."""
+    escaped = model.replace("\\", r"\\").replace('"', r"\"")
     for match in _SAMPLE.finditer(page):
         source, suffix = _family(match["name"])
         if source is None:
             continue
         rest = _DROPPED.sub("", match["labels"] or "").strip(",")
-        labels = f'model="{model}"' + (f",{rest}" if rest else "")
+        labels = f'model="{escaped}"' + (f",{rest}" if rest else "")
         yield source, f"{METRICS[source][0]}{suffix}{{{labels}}} {match['value']}"
 
 

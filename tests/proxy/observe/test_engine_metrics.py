@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.observe.engine_metrics import merge
@@ -33,6 +34,15 @@ def test_two_engines_make_one_page_that_prometheus_can_read() -> None:
     running = next(family for family in families if family.name == "vramp_engine_requests_running")
     assert {sample.labels["model"] for sample in running.samples} == {"chat", "code"}
     assert len({family.name for family in families}) == len(families)
+
+
+@pytest.mark.parametrize("name", ['a "good" one', "c:\\models", "a}b", "a,b", "ü"])
+def test_a_model_may_have_any_name(name: str) -> None:
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    page = merge(iter([(name, PAGE.replace("demo-chat", escaped)), ("code", PAGE)]))
+    for family in text_string_to_metric_families(page):
+        assert {sample.labels["model"] for sample in family.samples} == {name, "code"}
+        assert not {"model_name", "engine"} & {label for sample in family.samples for label in sample.labels}
 
 
 def test_no_engine_makes_an_empty_page() -> None:
