@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 import uvloop
 from aiohttp import web
-from prometheus_client import generate_latest
+from prometheus_client import disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from ext.backend import BACKEND, describe
@@ -470,6 +470,7 @@ def main() -> int:
     for warning in slow_parts():
         print(f"warning: {warning}", file=sys.stderr)
     faulthandler.enable()  # the keeper ends a proxy that hangs with SIGABRT: then it says where
+    disable_created_metrics()  # a gauge of its own for each counter and label, which nobody reads
     gc.freeze()  # what was imported lives as long as we do: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(parse(sys.argv[1:])))

@@ -161,6 +161,7 @@ def test_metrics_tell_what_happened(served: Served) -> None:
     assert 'vramp_model_residency{model="a",state="ready"} 1.0' in page
     assert 'vramp_device_memory_bytes{device="sim0",use="capacity"}' in page
     assert "vramp_model_loads_total" in page
+    assert "_created" not in page
 
 
 def test_a_reload_changes_what_it_should_and_a_bad_file_changes_nothing(served: Served) -> None:
