@@ -50,6 +50,7 @@ class Proxy:
         self.started_s = self.heard_s = now_s
         self.is_up = False  # it has given a sign of life
         self.is_ready = False
+        self.is_stale = False  # it is to read its configuration again once it can be told so
         self.is_hung = False
         self.taking: Any = None  # the id of its take_over, until that is answered
         self.protocol: Any = None  # of hand-overs, as its take_over says
@@ -110,10 +111,14 @@ class Proxies:
             self._unheard.append(message)
 
     def reload(self) -> None:
-        """SIGHUP: have the configuration read again. A proxy that is being started reads it anyway."""
+        """SIGHUP: have the configuration read again. A proxy that starts may have read it already, but would die of the
+        signal until it handles it: it is told when it is ready."""
         keeper_systemd.reloading()
-        if self._serving is not None:
-            self._signal(self._serving, signal.SIGHUP)
+        serving = self._serving
+        if serving is not None and serving.is_ready:
+            self._signal(serving, signal.SIGHUP)
+        elif serving is not None:
+            serving.is_stale = True
 
     def upgrade(self) -> None:
         """SIGUSR2: replace the proxy by one started now, from the code and the configuration that are there now."""
@@ -313,6 +318,9 @@ class Proxies:
     def _ready(self, proxy: Proxy) -> None:
         proxy.is_ready = self._was_ready = True
         keeper_systemd.notify("READY=1", f"STATUS=serving (pid {proxy.pid})")
+        if proxy.is_stale and proxy is self._serving:
+            proxy.is_stale = False
+            self.reload()
 
     # -- signs of life -----------------------------------------------------------------------------------------------
 

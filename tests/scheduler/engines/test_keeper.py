@@ -249,19 +249,37 @@ def test_a_start_that_cannot_be_is_answered_and_the_next_one_works(
     assert "already" in kept.spawn("a", SLEEP)["reason"]
 
 
+READS_AGAIN = """
+    import os, pathlib, signal, socket, sys, time
+    mark = pathlib.Path(sys.argv[1])
+    keeper = socket.socket(fileno=int(os.environ["VRAMP_KEEPER_FD"]))
+    mark.write_text("starting")
+    while sys.argv[2:] and not os.path.exists(sys.argv[2]): time.sleep(0.005)
+    signal.signal(signal.SIGHUP, lambda *_: mark.write_text("reloaded"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    mark.write_text("up")
+    keeper.send(b'{"op": "ready"}')
+    while True: time.sleep(60)
+"""
+
+
 def test_sighup_reaches_the_proxy(rig: Callable[..., Rig], tmp_path: Path) -> None:
-    mark = tmp_path / "reloaded"
-    proxy = f"""
-        import pathlib, signal, sys, time
-        signal.signal(signal.SIGHUP, lambda *_: pathlib.Path({str(mark)!r}).write_text("reloaded"))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        pathlib.Path({str(mark)!r}).write_text("up")
-        while True: time.sleep(60)
-    """
-    kept = rig(proxy=python(proxy))
+    mark = tmp_path / "mark"
+    kept = rig(proxy=[*python(READS_AGAIN), str(mark)])
     eventually(lambda: mark.exists() and mark.read_text() == "up")
     kept.process.send_signal(signal.SIGHUP)
     eventually(lambda: mark.read_text() == "reloaded")
+
+
+def test_sighup_waits_for_a_proxy_that_starts(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    """It would die of the signal, and count as one that cannot be started."""
+    mark, go_on = tmp_path / "mark", tmp_path / "go on"
+    kept = rig(proxy=[*python(READS_AGAIN), str(mark), str(go_on)])
+    eventually(lambda: mark.exists() and mark.read_text() == "starting")
+    kept.process.send_signal(signal.SIGHUP)
+    go_on.touch()
+    eventually(lambda: mark.read_text() == "reloaded")
+    assert "killed" not in kept.stop()[1]
 
 
 def test_a_host_name_in_brackets_is_ipv6() -> None:
