@@ -31,7 +31,7 @@ log = logging.getLogger("vramp.scheduler")
 POLL_S = 0.1  # between two looks at a starting engine: its log and its answer
 PROBE_LIMIT_S = 60.0
 LAUNCHER_WAIT_S = 60.0
-LAUNCHER_STARTS = 3
+LAUNCHER_STARTS = 3  # of one that forks nothing, until engines are started without it
 TAIL_LINES = 40
 EXPLAIN_LINES = 400  # the cause of a failed start stands above its traceback
 PIDS_AGE_S = 1.0
@@ -250,6 +250,9 @@ class Supervisor:
             raise EngineExit(str(error), []) from error
         if spawned.why is not None:
             self._say_cold(spec.argv[0], spawned.why)
+        elif spawned.warm:  # it works: what becomes of it later, in a month perhaps, is another matter
+            self._launcher_starts[spec.argv[0]] = 0
+            self._said_cold.discard(spec.argv[0])
         engine.handle = msgspec.structs.replace(handle, pid=spawned.pid, started_s=time.time())
 
     async def _become_ready(self, engine: _Engine, kind: EngineKind, on_progress: Callable[[Progress], None]) -> None:

@@ -411,3 +411,15 @@ async def test_a_launcher_that_dies_again_and_again_is_given_up(
         await world.start(ScriptKind(warm=True), engine_id=engine_id)
     folder = world.rig.state_dir / "logs" / "launcher"
     assert len(list(folder.iterdir())) == 2
+
+
+async def test_a_launcher_that_has_forked_may_die_as_often_as_it_likes(
+    world: World, launcher: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "LAUNCHER_STARTS", 1)
+    launcher("fork")
+    for engine_id in ("m-1", "m-2", "m-3"):
+        await world.start(ScriptKind(warm=True), engine_id=engine_id)
+        (pid,) = world.supervisor.launcher_pids()
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not world.supervisor.launcher_pids())
