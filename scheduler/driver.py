@@ -258,6 +258,7 @@ class Scheduler:
         self._watchers: set[asyncio.Event] = set()
         self._next_ticket = 0
         self._measure_soon = asyncio.Event()
+        self._unreadable: set[str] = set()  # devices whose last reading failed
         self.on_credit: Callable[[Credit | Revoke], None] = lambda _: None  # whoever has asked for credit sets it
         self._successor: Successor | None = None
         engines.on_exit = self._engine_died
@@ -626,9 +627,10 @@ class Scheduler:
         }
         try:
             reading = await asyncio.to_thread(device.measure, pids, self._engines.launcher_pids())
-        except OSError as error:
-            log.warning("device %s could not be read: %s", device.spec.name, error)
+        except Exception as error:  # whatever it is, a start must come to its end, and readings must go on
+            self._cannot_read(device.spec.name, error)
             return
+        self._unreadable.discard(device.spec.name)
         self.dispatch(
             MemoryMeasured(
                 device.spec.name,
@@ -639,6 +641,14 @@ class Scheduler:
                 reading.overhead_bytes,
             )
         )
+
+    def _cannot_read(self, device: str, error: Exception) -> None:
+        """Told once: it is tried again every few seconds."""
+        if device not in self._unreadable:
+            self._unreadable.add(device)
+            what = "device %s cannot be read, and what was read last is believed: %s: %s"
+            unforeseen = not isinstance(error, OSError)
+            log.error(what, device, type(error).__name__, error, exc_info=error if unforeseen else None)
 
     async def _measure_for(self, engine_id: str, *, late_only: bool = False) -> None:
         """A fresh reading of the engine's devices; `late_only`: of those that free memory late."""

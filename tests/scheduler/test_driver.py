@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -170,6 +171,23 @@ async def test_a_bug_in_a_start_is_a_failure_not_a_hang(rig: Rig) -> None:
     engines.let["a#1"].set_exception(ZeroDivisionError("oops"))
     with pytest.raises(Refused, match="ZeroDivisionError: oops"):
         await request
+
+
+@pytest.mark.parametrize("error", [OSError("the driver does not answer"), ValueError("nobody thought of this")])
+async def test_a_device_that_cannot_be_read_costs_no_request_and_is_told_of_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    scheduler, engines = rig
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeDevice, "measure", Mock(side_effect=error))
+        for model in ("a", "b", "a"):
+            await serve(scheduler, model)
+    assert engines.started == ["a#1", "b#2", "a#3"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"device ram cannot be read, and what was read last is believed: {type(error).__name__}: {error}"
+    ]
+    await serve(scheduler, "b")
+    assert scheduler.core.devices["ram"].holding("b#4").measured == 500 * MiB  # type: ignore[union-attr]
 
 
 async def test_an_engine_that_dies_is_replaced_for_the_next_request(rig: Rig) -> None:
