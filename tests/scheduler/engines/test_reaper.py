@@ -24,6 +24,8 @@ def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         env = {**(env or {}), **({} if tag is None else {reaper.KEEPER_VAR: tag})}
         command = [sys.executable, "-S", "-c", code]
         made.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        while env and not reaper.environment(made[-1].pid):
+            os.sched_yield()  # exec closes the pipe that Popen waits for before /proc shows the new environment
         return made[-1]
 
     yield make

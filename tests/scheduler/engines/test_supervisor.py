@@ -381,10 +381,12 @@ async def test_a_launcher_that_cannot_is_replaced_by_a_plain_start_and_said_once
     # Nothing else lives below the keeper: not the fork either whose launcher did not live to tell of it.
     known = {pid for engine_id in ("m-1", "m-2") for pid in world.supervisor.pids(engine_id)}
     tag = reaper.environment(handle.pid)["VRAMP_KEEPER"]
-    marked = {
-        process.pid for process in reaper.processes() if reaper.environment(process.pid).get("VRAMP_KEEPER") == tag
-    }
-    assert marked - {world.rig.proxy_pid(), *world.supervisor.launcher_pids()} == known
+
+    def engines() -> set[int]:
+        marked = {each.pid for each in reaper.processes() if reaper.environment(each.pid).get("VRAMP_KEEPER") == tag}
+        return marked - {world.rig.proxy_pid(), *world.supervisor.launcher_pids()}
+
+    await until(lambda: engines() == known)  # what was killed takes a moment to go
 
 
 async def test_a_simulated_engine_loads_answers_and_crashes_when_asked_to(world: World) -> None:
