@@ -62,6 +62,7 @@ log = logging.getLogger("vramp")
 T = TypeVar("T")
 Listeners = Mapping[str, Sequence[socket.socket]]
 
+LEAVE_S = 2.0  # for operators who have connected to us just before another proxy took over, to ask something
 REFUSED = 2  # the keeper does not start us again: this configuration cannot be served
 
 
@@ -286,9 +287,15 @@ class App:
             await self._front.drain(self._config.server.drain_s)
 
     async def _finished(self) -> bool:
-        await self._runner.cleanup()  # operators find the other by connecting again
-        await self._front.finish()
+        await asyncio.gather(self._leave_operators(), self._front.finish())
         return True
+
+    async def _leave_operators(self) -> None:
+        """They find the other by connecting again."""
+        for site in list(self._runner.sites):
+            await site.stop()
+        await asyncio.sleep(LEAVE_S)
+        await self._runner.cleanup()
 
     # ----------------------------------------------------------------- signals
 

@@ -74,10 +74,16 @@ class Client(threading.Thread):
 
 def upgrade(served: Served) -> int:
     """Another proxy serves when this returns; its pid."""
-    before = served.proxy_pid()
+    serves = before = served.proxy_pid()
+
+    def replaced() -> bool:
+        nonlocal serves
+        serves = served.proxy_pid()
+        return serves != before
+
     served.process.send_signal(signal.SIGUSR2)
-    served.wait(lambda: served.proxy_pid() != before, "there was no upgrade")
-    return served.proxy_pid()
+    served.wait(replaced, "there was no upgrade")
+    return serves
 
 
 def alone(served: Served) -> bool:
