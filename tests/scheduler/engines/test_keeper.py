@@ -224,7 +224,7 @@ def test_children_are_marked_and_see_nothing_of_the_keepers_own(rig: Callable[..
 def test_an_engine_leads_its_session_and_logs_where_only_its_owner_reads(rig: Callable[..., Rig]) -> None:
     kept = rig()
     pid = kept.spawn("a", f"print('hello', flush=True); {SLEEP}")["pid"]
-    assert eventually(kept.log("a").read_text) == "hello\n"
+    eventually(lambda: kept.log("a").read_text() == "hello\n")
     assert kept.log("a").stat().st_mode & 0o777 == 0o600
     assert os.getsid(pid) == os.getpgid(pid) == pid
 
