@@ -225,11 +225,12 @@ def _kind(
     *,
     sleep: bool,
 ) -> EngineKind:
+    args, env = (*backend.args, *model.args), {**backend.env, **model.env}
     if backend.kind == "command":
         return CommandKind(
             model=model.id,
-            argv=(*model.command, *backend.args, *model.args),
-            env={**backend.env, **model.env},
+            argv=(*model.command, *args),
+            env=env,
             task=model.task,
             upstream_model=model.upstream_model,
             model_path=model.path,
@@ -242,19 +243,6 @@ def _kind(
             max_sequences=model.max_sequences,
             **msgspec.structs.asdict(model.simulated),
         )
-    return _vllm_kind(model, backend, device, memory, cache, devices, sleep=sleep)
-
-
-def _vllm_kind(
-    model: ModelConfig,
-    backend: BackendConfig,
-    device: str,
-    memory: int,
-    cache: int,
-    devices: Sequence[Device],
-    *,
-    sleep: bool,
-) -> EngineKind:
     largest = max((each.spec.capacity_bytes for each in devices if each.spec.kind == device), default=memory)
     return VllmKind(
         model=model.upstream_model or model.id,
@@ -263,8 +251,8 @@ def _vllm_kind(
         cpu=device != NVIDIA,
         python=backend.python,
         task=model.task,
-        args=(*backend.args, *model.args),
-        env={**backend.env, **model.env},
+        args=args,
+        env=env,
         max_sequences=model.max_sequences,
         max_context=model.max_context,
         # The ledger has booked the memory; half of the estimate, because what was learned since may be less than it,
