@@ -45,6 +45,7 @@ from proxy.observe.engine_metrics import EngineScraper
 from proxy.observe.metrics import Metrics
 from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
 from proxy.orders import Order, Orders
+from proxy.server.http import LEAVE_S
 from proxy.server.serving import Front, Serving
 from proxy.upgrade import Upgrade
 from proxy.workers.pool import Workers
@@ -62,7 +63,6 @@ log = logging.getLogger("vramp")
 T = TypeVar("T")
 Listeners = Mapping[str, Sequence[socket.socket]]
 
-LEAVE_S = 2.0  # for operators who have connected to us just before another proxy took over, to ask something
 REFUSED = 2  # the keeper does not start us again: this configuration cannot be served
 
 
@@ -291,7 +291,7 @@ class App:
         return True
 
     async def _leave_operators(self) -> None:
-        """They find the other by connecting again."""
+        """They find the other by connecting again; who has just connected to us has the time that callers have."""
         for site in list(self._runner.sites):
             await site.stop()
         await asyncio.sleep(LEAVE_S)
