@@ -8,6 +8,7 @@ from typing import Final
 
 from prometheus_client import Metric
 
+from proxy.config import ModelLimitsConfig
 from proxy.observe.metrics import Metrics, UsageRows
 from proxy.observe.outcome import Outcome
 from proxy.observe.scheduler_metrics import SchedulerGauges, SchedulerMetrics
@@ -35,7 +36,6 @@ second at most. An engine that does not answer by then is left out.
 | metric | vLLM's name | meaning |
 | --- | --- | --- |"""
 CONFIGURED: Final = frozenset({"model", "backend", "class", "device"})  # labels whose values a configuration names
-LIMITS: Final = ("requests_per_minute", "tokens_per_minute", "concurrency")
 
 
 def metrics_page() -> str:
@@ -49,7 +49,7 @@ def metrics_page() -> str:
 def _everything() -> Iterator[Metric]:
     metrics = Metrics()
     metrics.usage_rows = UsageRows
-    for of, limit in product(("keys", "models"), LIMITS):
+    for of, limit in product(("keys", "models"), ModelLimitsConfig.__struct_fields__):
         metrics.finished(Outcome("", "POST", "", 0.0, model="m", status=429, limited=f"{of}.{limit}"))
     scheduler = SchedulerMetrics(metrics.registry)
     scheduler.observe(Load("m#1", "m", "d", ""))
