@@ -3,6 +3,8 @@
 vramp (one worker, configs/bench.toml: every gate on), once more without its fast lane and with an HTTPS upstream, a
 plain aiohttp relay, and nginx where it is installed stand in turn before the same fake upstream, in one run on one
 machine: compare their ratio, not the figures, which other machines will not have.
+Over TLS the fake upstream is the slower one, and then a proxy wakes up for each answer instead of for several. What
+HTTPS costs the proxy itself shows beside an HTTP upstream that spends as much time on something else: measured, too.
 Of several short windows the best counts, for all alike: whatever else the machine does only ever adds. Counted is the
 CPU time of the process tree under test, so neither client nor upstream is in it; their own cost is printed beside it.
 """
@@ -18,12 +20,13 @@ import os
 import platform
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -36,6 +39,7 @@ from rich.progress import Progress
 
 from ext.backend import BACKEND
 from loadtests import canned, client, nginx
+from loadtests.fake_upstream import Busy
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "bench.toml"
@@ -46,6 +50,7 @@ WINDOWS, WINDOW_S, WARM_S = 4, 1.25, 0.4
 BEGIN_LIMIT_S = 15.0  # for streams that are to be open at once: canned.SLOW ones last two minutes
 STREAM_WARM_S = 1.5  # by then each of the streams has ended once, so that ends are in every window
 STEPS = 4  # of progress for each subject
+UPSTREAM = ("-m", "loadtests.fake_upstream")
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -82,11 +87,12 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Rig(msgspec.Struct, frozen=True):
-    """What the measuring itself costs, without a proxy in between."""
+    """What the measuring itself costs, without a proxy in between. `sealing`: what TLS adds to the upstream's part."""
 
     upstream_us_per_request: float
     client_us_per_request: float
     requests_per_s: float
+    sealing: Busy
 
 
 class Subject(msgspec.Struct):
@@ -161,7 +167,7 @@ def stopping(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def printing_its_port(argv: list[str], core: set[int]) -> Iterator[Subject]:
+def printing_its_port(argv: Sequence[str], core: set[int]) -> Iterator[Subject]:
     """A server that says where it listens."""
     process = spawn([sys.executable, *argv], str(ROOT), core)
     with stopping(process):
@@ -190,7 +196,7 @@ def over_tls(core: set[int]) -> Iterator[Subject]:
         before = os.environ.get("SSL_CERT_FILE")
         os.environ["SSL_CERT_FILE"] = cert
         try:
-            with printing_its_port(["-m", "loadtests.fake_upstream", cert, key], core) as upstream:
+            with printing_its_port([*UPSTREAM, cert, key], core) as upstream:
                 yield upstream
         finally:
             del os.environ["SSL_CERT_FILE"]
@@ -306,9 +312,10 @@ async def figures(name: str, subject: Subject, step: Callable[[str], None]) -> F
     )
 
 
-async def rig(upstream: Subject) -> Rig:
+async def rig(upstream: Subject, sealed: Subject) -> Rig:
     """The client on the bare upstream: how little of a core they need, and how much they could carry."""
     own = [psutil.Process()]
+    without, with_tls = await answering(upstream, None), await answering(sealed, ssl.create_default_context())
     load = client.plain(upstream.port, CONNECTIONS)
     async with load:
         await asyncio.sleep(WARM_S)
@@ -320,25 +327,38 @@ async def rig(upstream: Subject) -> Rig:
         upstream_us_per_request=min(each.us_per_answer for each in upstreams),
         client_us_per_request=min(each.us_per_answer for each in clients),
         requests_per_s=max(each.answers / each.seconds for each in (*clients, *upstreams)),
+        sealing=Busy(*(max(0.0, tls - http) for tls, http in zip(with_tls, without, strict=True))),
     )
+
+
+async def answering(upstream: Subject, tls: ssl.SSLContext | None) -> tuple[float, float, float]:
+    """µs of the upstream for an answer, one to a large prompt, and an event."""
+    watched, port = upstream.tree(), upstream.port
+    small = await windows(client.plain(port, CONNECTIONS, tls=tls), watched, WARM_S)
+    large = await windows(client.plain(port, CONNECTIONS, canned.LARGE_BYTES, tls), watched, WARM_S)
+    streamed = await windows(client.streams(port, STREAMS, canned.PACED, tls), watched, STREAM_WARM_S)
+    least = min(each.us_per_answer for each in small), min(each.us_per_answer for each in large)
+    return *least, min(each.us_per_event for each in streamed)
 
 
 def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
     """The whole run."""
     theirs, ours = cores()
     os.sched_setaffinity(0, ours)
-    with printing_its_port(["-m", "loadtests.fake_upstream"], ours) as upstream, over_tls(ours) as sealed:
+    with printing_its_port(UPSTREAM, ours) as upstream, over_tls(ours) as sealed:
         step("client and upstream alone")
-        alone = uvloop.run(rig(upstream))
+        alone = uvloop.run(rig(upstream, sealed))
+        busy = ["--busy", *(f"{us:.1f}" for us in msgspec.structs.astuple(alone.sealing))]
         found = []
-        for name, peer in peers(upstream.port, sealed.port, theirs):
-            with peer as subject:
-                found.append(uvloop.run(figures(name, subject, step)))
+        with printing_its_port([*UPSTREAM, *busy], ours) as slower:
+            for name, peer in peers(upstream.port, sealed.port, slower.port, theirs):
+                with peer as subject:
+                    found.append(uvloop.run(figures(name, subject, step)))
     return alone, found
 
 
 def peers(
-    upstream_port: int, tls_port: int, core: set[int]
+    upstream_port: int, tls_port: int, slower_port: int, core: set[int]
 ) -> list[tuple[str, contextlib.AbstractContextManager[Subject]]]:
     """Everybody who is measured, by name; vramp comes last."""
     url, config = f"http://127.0.0.1:{upstream_port}", bench_config(upstream_port)
@@ -349,6 +369,7 @@ def peers(
     found.append(("plain aiohttp relay", printing_its_port(["-m", "loadtests.plain_relay", url], core)))
     found.append(("vramp, ordinary lane", vramp(ordinary, core)))
     found.append(("vramp, HTTPS upstream", vramp(bench_config(tls_port, "https"), core)))
+    found.append(("vramp, HTTP upstream as slow", vramp(bench_config(slower_port), core)))
     found.append(("vramp", vramp(config, core)))
     return found
 
@@ -385,6 +406,7 @@ def ratios(ours: Figures, theirs: Figures) -> list[str]:
 
 def report(alone: Rig, found: list[Figures]) -> str:
     """What is printed at the end."""
+    sealing = alone.sealing
     return "\n".join(
         [
             "",
@@ -394,6 +416,8 @@ def report(alone: Rig, found: list[Figures]) -> str:
             "",
             f"Beside it, in no figure above: client {alone.client_us_per_request:.0f} µs and upstream "
             f"{alone.upstream_us_per_request:.0f} µs a request; without a proxy they do {alone.requests_per_s:,.0f}/s.",
+            f"TLS takes the upstream {sealing.answer:.0f} µs more an answer ({sealing.large_answer:.0f} to a prompt of "
+            f"32 KB) and {sealing.event:.0f} an event; the HTTP one that is as slow spends as much on nothing.",
             "",
             "Another bench: an OpenAI-compatible upstream on 127.0.0.1:9000 (its key does not matter), then",
             "  .venv/bin/python -m proxy.cli serve --config configs/bench.toml",
@@ -411,7 +435,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: print(f"bench: {what}", file=sys.stderr, flush=True)
         return
     with Progress(console=console, transient=True) as bar:
-        line = bar.add_task("bench", total=1 + (4 + (nginx.program() is not None)) * STEPS)
+        line = bar.add_task("bench", total=1 + (5 + (nginx.program() is not None)) * STEPS)
         began = False
 
         def step(what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections.abc import Callable
 from typing import cast
 
@@ -108,9 +109,15 @@ class Load:
     """
 
     def __init__(
-        self, port: int, connections: int, make: Callable[[Count], _Connection], spread_s: float = 0.0
+        self,
+        port: int,
+        connections: int,
+        make: Callable[[Count], _Connection],
+        tls: ssl.SSLContext | None,
+        spread_s: float = 0.0,
     ) -> None:
         self.count = Count()
+        self._tls = tls
         self._port = port
         self._wanted = connections
         self._make = make
@@ -120,7 +127,9 @@ class Load:
     async def __aenter__(self) -> Load:
         loop = asyncio.get_running_loop()
         for _ in range(self._wanted):
-            _, protocol = await loop.create_connection(lambda: self._make(self.count), "127.0.0.1", self._port)
+            _, protocol = await loop.create_connection(
+                lambda: self._make(self.count), "127.0.0.1", self._port, ssl=self._tls
+            )
             self._open.append(protocol)
             await asyncio.sleep(self._pause_s)
         return self
@@ -130,13 +139,15 @@ class Load:
             connection.close()
 
 
-def plain(port: int, connections: int, prompt_bytes: int = canned.SMALL_BYTES) -> Load:
+def plain(
+    port: int, connections: int, prompt_bytes: int = canned.SMALL_BYTES, tls: ssl.SSLContext | None = None
+) -> Load:
     """Small answers as fast as they come."""
     request = canned.request(canned.PLAIN, prompt_bytes)
-    return Load(port, connections, lambda count: Plain(request, count))
+    return Load(port, connections, lambda count: Plain(request, count), tls)
 
 
-def streams(port: int, connections: int, model: str) -> Load:
+def streams(port: int, connections: int, model: str, tls: ssl.SSLContext | None = None) -> Load:
     """One stream after the other in each connection, out of step: together they would save a proxy its wake-ups."""
     request, events = canned.request(model, stream=True), canned.events_of(model)
-    return Load(port, connections, lambda count: Streamed(request, count, events), spread_s=0.1)
+    return Load(port, connections, lambda count: Streamed(request, count, events), tls, spread_s=0.1)

@@ -192,7 +192,7 @@ def main() -> None:
     theirs, ours = bench.cores()
     os.sched_setaffinity(0, ours)
     plan = Plan(asked.streams, asked.seconds, asked.every)
-    with bench.printing_its_port(["-m", "loadtests.fake_upstream"], ours) as upstream:
+    with bench.printing_its_port(bench.UPSTREAM, ours) as upstream:
         workers = ("--workers", str(asked.workers)) if asked.workers > 1 else ()
         with bench.vramp(config(upstream.port, plan.model), theirs, *workers) as subject:
             figures = uvloop.run(hold(subject, plan, Say("streams")))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import bench, canned, client, nginx
+from loadtests import bench, canned, client, fake_upstream, nginx
 from loadtests.fake_upstream import Upstream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,22 @@ async def test_client_and_upstream_agree_on_streams() -> None:
         assert load.count.failed == 0
         assert load.count.events >= 4 * canned.events_of("sse-3-1")
         assert load.count.started >= 4
+
+
+async def test_a_busy_upstream_answers_the_same_only_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+    monkeypatch.setattr(fake_upstream, "spin", spent.append)
+    async with serving(lambda: Upstream(fake_upstream.Busy(1.0, 2.0, 3.0))) as port:
+        for load in (
+            client.plain(port, 1),
+            client.plain(port, 1, canned.LARGE_BYTES),
+            client.streams(port, 1, "sse-2-1"),
+        ):
+            async with load:
+                await until(lambda load=load: load.count.answers)
+            assert load.count.failed == 0
+    assert sorted(set(spent)) == [1.0, 2.0, 3.0]
+    assert spent.count(3.0) >= 2
 
 
 async def test_usage_comes_in_a_stream_only_when_it_was_asked_for() -> None:
@@ -183,9 +199,11 @@ def test_a_short_run_measures_both_and_writes_the_figures_down(tmp_path: Path) -
         [sys.executable, "-c", short, str(file)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    *others, ours = json.loads(file.read_text())["results"]
-    names = [each["name"] for each in others]
-    assert names[-3:] == ["plain aiohttp relay", "vramp, ordinary lane", "vramp, HTTPS upstream"]
+    found = json.loads(file.read_text())
+    *others, ours = found["results"]
+    names = [each["name"].removeprefix("vramp, ") for each in others]
+    assert names[-4:] == ["plain aiohttp relay", "ordinary lane", "HTTPS upstream", "HTTP upstream as slow"]
+    assert found["rig"]["sealing"]["answer"] > 0
     assert ours["name"] == "vramp"
     assert not any(each["failed"] for each in (*others, ours))
     assert min(ours["us_per_chunk"], ours["us_per_request"]) > 0
