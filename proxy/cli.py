@@ -40,19 +40,19 @@ class _Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         extra = super().parse_args(ctx, args)
         if extra and not ctx.resilient_parsing:
-            meant = self._meant(extra[0]) if len(extra) == 1 else None
+            meant = self._meant(extra[0], ctx) if len(extra) == 1 else None
             hint = f": did you mean {meant} {extra[0]}?" if meant else f"{'s' if extra[1:] else ''}: {' '.join(extra)}"
             ctx.fail(f"unexpected argument{hint}")
         return extra
 
-    def _meant(self, said: str) -> str | None:
+    def _meant(self, said: str, ctx: click.Context) -> str | None:
         address = ":" in said
         kinds = {
             "--trace": said.endswith(".csv"),
             "--model": os.path.isdir(said),
             "--listen": address,
             "--admin": address,
-            "--config": True,
+            "--config": not ctx.params.get("config"),
         }
         known = {name for param in self.params for name in param.opts}
         return next((option for option, likely in kinds.items() if likely and option in known), None)
@@ -173,8 +173,9 @@ Example:
   vramp check /etc/vramp/vramp.toml && systemctl reload vramp
 """
 )
-@click.argument("config")
-def check(config: str) -> None:
+@click.argument("config", required=False)
+@click.option("--config", "named", metavar="FILE", help="The same as CONFIG, as `vramp serve` has it.")
+def check(config: str | None, named: str | None) -> None:
     """Check the configuration file CONFIG without starting anything.
 
     Prints every problem, a line each with file, key, value and remedy, and exits with 1 if there is one. What
@@ -182,7 +183,10 @@ def check(config: str) -> None:
     """
     from proxy.cli_serve import check
 
-    check(config)
+    file = config or named
+    if file is None or (config and named):
+        raise click.UsageError("name one configuration file: vramp check FILE")
+    check(file)
 
 
 @main.command(

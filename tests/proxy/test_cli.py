@@ -384,6 +384,14 @@ def test_check_says_good(config: Path) -> None:
     assert (result.exit_code, result.output) == (0, f"{config}: good, 1 model: demo-chat\n")
 
 
+def test_check_takes_its_file_as_serve_does_too(config: Path) -> None:
+    result = CliRunner().invoke(main, ["check", "--config", str(config)])
+    assert (result.exit_code, result.output) == (0, f"{config}: good, 1 model: demo-chat\n")
+    for args in ([], [str(config), "--config", str(config)]):
+        result = CliRunner().invoke(main, ["check", *args])
+        assert (result.exit_code, "name one configuration file: vramp check FILE" in result.stderr) == (2, True)
+
+
 def test_check_prints_every_problem_and_fails(config: Path) -> None:
     config.write_text("[server]\nlistn = 1\nworkers = 0")
     result = CliRunner().invoke(main, ["check", str(config)])
@@ -660,6 +668,7 @@ def test_each_command_explains_itself_with_an_example(command: str) -> None:
         (["simulate", "arrivals.csv"], "did you mean --trace arrivals.csv?"),
         (["simulate", "decisions"], "unexpected argument: decisions"),
         (["check", "a.toml", "b.toml"], "unexpected argument: b.toml"),
+        (["serve", "--config", "a.toml", "b.toml"], "unexpected argument: b.toml"),
         (["serve", "a.toml", "b.toml"], "unexpected arguments: a.toml b.toml"),
     ],
 )
