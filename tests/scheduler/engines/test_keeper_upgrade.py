@@ -31,6 +31,7 @@ def test_a_successor_that_dies_leaves_the_old_proxy_serving(rig: Callable[..., R
         kept.ask("list")  # by the second answer its loop has turned
     os.kill(new, signal.SIGKILL)
     eventually(lambda: proxies(kept) == [old])
+    eventually(lambda: {"op": "go_on"} in kept.ask("heard"))  # /proc shows the end before the keeper hears of it
     assert kept.ask("who")["pid"] == old
     code, said = kept.stop()
     assert code == 0
