@@ -242,31 +242,63 @@ cdef inline bint _is(Text key, Py_ssize_t size, const char* name, Py_ssize_t nam
 
 
 cdef int _rank(Text key, Py_ssize_t size) noexcept nogil:
-    """What is to be done with a member of the top level."""
+    """What is to be done with a member of the top level. One chain, which compiles to a switch over the sizes."""
     if size == 5:
         if _is(key, size, b"model", 5):
             return SPLICED
-        return SHRUNK if _is(key, size, b"input", 5) else UNWANTED
-    if size == 8:
+        if _is(key, size, b"input", 5):
+            return SHRUNK
+        if _is(key, size, b"query", 5) or _is(key, size, b"items", 5) or _is(key, size, b"texts", 5):
+            return NOTED
+    elif size == 8:
         if _is(key, size, b"messages", 8):
             return SHRUNK
-        return SPLICED + 2 if _is(key, size, b"priority", 8) else UNWANTED
-    if size == 14:
-        return SPLICED + 1 if _is(key, size, b"stream_options", 14) else UNWANTED
-    if size == 6:
+        if _is(key, size, b"priority", 8):
+            return SPLICED + 2
+    elif size == 14:
+        if _is(key, size, b"stream_options", 14):
+            return SPLICED + 1
+    elif size == 6:
         if _is(key, size, b"stream", 6):
             return WANTED
-        return NOTED if _is(key, size, b"prompt", 6) else UNWANTED
-    if size == 13:
-        return NOTED if _is(key, size, b"prompt_embeds", 13) else UNWANTED
-    if (
-        (size == 1 and key[0] == 110)
-        or _is(key, size, b"max_tokens", 10)
-        or _is(key, size, b"dimensions", 10)
-        or _is(key, size, b"max_output_tokens", 17)
-        or _is(key, size, b"max_completion_tokens", 21)
-    ):
-        return WANTED
+        if (
+            _is(key, size, b"prompt", 6)
+            or _is(key, size, b"text_1", 6)
+            or _is(key, size, b"text_2", 6)
+            or _is(key, size, b"data_1", 6)
+            or _is(key, size, b"data_2", 6)
+        ):
+            return NOTED
+    elif size == 1:
+        if key[0] == 110:
+            return WANTED
+    elif size == 10:
+        if _is(key, size, b"max_tokens", 10) or _is(key, size, b"dimensions", 10):
+            return WANTED
+    elif size == 17:
+        if _is(key, size, b"max_output_tokens", 17):
+            return WANTED
+    elif size == 21:
+        if _is(key, size, b"max_completion_tokens", 21):
+            return WANTED
+    elif size == 7:
+        if _is(key, size, b"queries", 7):
+            return NOTED
+    elif size == 9:
+        if _is(key, size, b"documents", 9):
+            return NOTED
+    elif size == 12:
+        if _is(key, size, b"instructions", 12) or _is(key, size, b"conversation", 12):
+            return NOTED
+    elif size == 13:
+        if _is(key, size, b"prompt_embeds", 13):
+            return NOTED
+    elif size == 20:
+        if _is(key, size, b"previous_response_id", 20):
+            return NOTED
+    elif size == 23:
+        if _is(key, size, b"previous_input_messages", 23):
+            return NOTED
     return UNWANTED
 
 

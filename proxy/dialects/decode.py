@@ -60,6 +60,12 @@ class _Completion(_Stream):
 
 
 class _Responses(_Stream):
+    input: msgspec.Raw = _NULL
+    previous_response_id: msgspec.Raw = _NULL
+    previous_input_messages: msgspec.Raw = _NULL  # vLLM's
+    conversation: msgspec.Raw = _NULL
+    prompt: msgspec.Raw = _NULL
+    instructions: msgspec.Raw = _NULL
     max_output_tokens: Positive | None = None
 
 
@@ -72,9 +78,24 @@ class _CountTokens(_Body, kw_only=True):
     messages: list[msgspec.Raw]
 
 
-class _Embeddings(_Body, kw_only=True):
-    input: str | list[msgspec.Raw]
+class _Embeddings(_Body):
+    input: str | list[msgspec.Raw] | None = None
+    messages: msgspec.Raw = _NULL  # vLLM's, in its place: a chat to embed
     dimensions: Positive | None = None
+
+
+class _Pairs(_Body):
+    """One thing and what it is compared with, under the names that engines have for the two."""
+
+    query: msgspec.Raw = _NULL
+    queries: msgspec.Raw = _NULL  # vLLM's, as text_ and data_ are
+    text_1: msgspec.Raw = _NULL
+    data_1: msgspec.Raw = _NULL
+    documents: msgspec.Raw = _NULL
+    items: msgspec.Raw = _NULL
+    texts: msgspec.Raw = _NULL  # llama.cpp's
+    text_2: msgspec.Raw = _NULL
+    data_2: msgspec.Raw = _NULL
 
 
 _SHAPES: dict[str, type[_Body]] = {
@@ -84,14 +105,27 @@ _SHAPES: dict[str, type[_Body]] = {
     "/v1/messages": _Messages,
     "/v1/messages/count_tokens": _CountTokens,
     "/v1/embeddings": _Embeddings,
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v1/score", "/score"), _Pairs),
 }
-# What a call must have something in: in one of them, or it has nothing to ask.
-_NEEDED = {
-    "/v1/chat/completions": ("messages",),
-    "/v1/completions": ("prompt", "prompt_embeds"),
-    "/v1/messages": ("messages",),
-    "/v1/messages/count_tokens": ("messages",),
-    "/v1/embeddings": ("input",),
+_ONE = ("query", "queries", "text_1", "data_1")
+_OTHERS = ("documents", "items", "texts", "text_2", "data_2")
+_RERANKED = (_ONE, _OTHERS)
+_SCORED = (("text_1", *_ONE), ("text_2", *_OTHERS))
+# What a call must have something in: in one of each row, or it has nothing to ask. The 400 names the first. The
+# others stand in for it somewhere, or may one day: to refuse what an engine answers is worse than a load for nothing.
+_NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "/v1/chat/completions": (("messages",),),
+    "/v1/completions": (("prompt", "prompt_embeds"),),
+    "/v1/responses": (
+        ("input", "previous_response_id", "previous_input_messages", "conversation", "prompt", "instructions"),
+    ),
+    "/v1/messages": (("messages",),),
+    "/v1/messages/count_tokens": (("messages",),),
+    "/v1/embeddings": (("input", "messages"),),
+    "/v1/rerank": _RERANKED,
+    "/rerank": _RERANKED,
+    "/v1/score": _SCORED,
+    "/score": _SCORED,
 }
 _DECODERS = {path: msgspec.json.Decoder(shape) for path, shape in _SHAPES.items()}
 _PLAIN = msgspec.json.Decoder(_Body)
@@ -152,14 +186,14 @@ def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: i
     )
 
 
-def _lacks(needed: tuple[str, ...], fields: _Body) -> str:
+def _lacks(needed: tuple[tuple[str, ...], ...], fields: _Body) -> str:
     """The member that nothing is in, nor in what could stand in for it; "" where there is none."""
-    return needed[0] if needed and all(_is_empty(getattr(fields, name)) for name in needed) else ""
+    return next((row[0] for row in needed if all(_is_empty(getattr(fields, name)) for name in row)), "")
 
 
-def _is_empty(value: msgspec.Raw | list[msgspec.Raw] | str) -> bool:
+def _is_empty(value: msgspec.Raw | list[msgspec.Raw] | str | None) -> bool:
     if not isinstance(value, msgspec.Raw):
-        return value == []  # whether a text is empty the short form does not say
+        return value is None or value == []  # whether a text is empty the short form does not say
     text = bytes(value)
     return text == b"null" or (text[:1] == b"[" and not text[1:-1].strip())
 

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.native
 NAMES = (
     "model", "messages", "stream", "stream_options", "priority", "max_tokens", "max_completion_tokens", "n", "input",
     "dimensions", "max_output_tokens", "temperature", "mod", "models", "tools", "prompt",
-    "prompt_embeds",
+    "prompt_embeds", "previous_response_id", "previous_input_messages", "conversation", "instructions",
+    "query", "queries", "text_1", "data_1", "documents", "items", "texts", "text_2", "data_2",
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=20)
 VALUES = st.recursive(
@@ -44,6 +45,8 @@ LIKELY = st.fixed_dictionaries(
         "input": st.text() | st.lists(st.text()),
         "prompt": VALUES,
         "prompt_embeds": VALUES,
+        "query": VALUES,
+        "documents": VALUES,
         "tools": VALUES,
     },
 )
@@ -66,7 +69,7 @@ def decoded(path: str, body: bytes, scanner: Any, monkeypatch: pytest.MonkeyPatc
     return call
 
 
-@given(body=BODIES, path=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"]))
+@given(body=BODIES, path=st.sampled_from(list(ENDPOINTS)))
 def test_a_scanned_body_is_decoded_as_a_whole_one_is(body: bytes, path: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         assert decoded(path, body, scan, patch) == decoded(path, body, pure_scan, patch)

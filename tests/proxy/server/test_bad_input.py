@@ -12,6 +12,8 @@ import msgspec
 import pytest
 
 from proxy.config import LimitsConfig, TimeoutsConfig
+from proxy.dialects.call import Task
+from proxy.dialects.endpoints import ENDPOINTS
 from tests.proxy.server.conftest import Proxy
 
 CHAT = "/v1/chat/completions"
@@ -77,14 +79,18 @@ async def test_a_bad_body_is_a_400_that_names_the_field(proxy: Proxy, name: str)
     [
         (CHAT, {"messages": []}, "messages"),
         ("/v1/completions", {"max_tokens": 5}, "prompt"),
+        ("/v1/responses", {"max_output_tokens": 5}, "input"),
         ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"messages": []}, "input"),
+        ("/v1/rerank", {"query": "a"}, "documents"),
+        ("/v1/score", {"text_2": ["a"]}, "text_1"),
         ("/v1/messages", {"messages": [], "max_tokens": 5}, None),
     ],
 )
 async def test_a_call_with_nothing_in_it_loads_no_model(
     proxy: Proxy, path: str, body: dict[str, Any], param: str | None
 ) -> None:
-    model = "demo-embed" if path == "/v1/embeddings" else "demo-chat"
+    model = "demo-embed" if ENDPOINTS[path].task is Task.EMBED else "demo-chat"
     response = await proxy.session.post(path, json={"model": model, **body})
     assert response.status == 400
     error = (await response.json())["error"]

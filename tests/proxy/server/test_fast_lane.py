@@ -127,6 +127,11 @@ CALLS: dict[str, tuple[Any, bytes]] = {
         plain(b'{"data":[],"usage":{"prompt_tokens":3}}'),
         request(call("demo-embed", input="x"), "/v1/embeddings"),
     ),
+    "embeddings of a chat": (
+        plain(b'{"data":[],"usage":{"prompt_tokens":3}}'),
+        request(call("demo-embed"), "/v1/embeddings"),
+    ),
+    "embeddings of nothing": (plain(), request({"model": "demo-embed"}, "/v1/embeddings")),
     "a priority": (plain(), request(call(priority=-3))),
     "a stream": (stream(), request(call(stream=True))),
     "a stream with usage": (stream(), request(call(stream=True, stream_options={"include_usage": True}))),
@@ -203,7 +208,10 @@ async def test_both_lanes_answer_and_record_alike(lanes: Lanes, name: str) -> No
     await compare(lanes, name)
 
 
-@pytest.mark.parametrize("name", ["a chat", "a stream", "embeddings", "a large answer", "a refusal", "rate limits"])
+@pytest.mark.parametrize(
+    "name",
+    ["a chat", "a stream", "embeddings", "embeddings of a chat", "a large answer", "a refusal", "rate limits"],
+)
 async def test_both_lanes_tell_alike_what_the_limits_leave_and_let_go_of_it(lanes: Lanes, name: str) -> None:
     behave, data = CALLS[name]
     seen = []

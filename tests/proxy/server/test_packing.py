@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from proxy.config import BackendConfig, LimitsConfig, ModelConfig
 from proxy.server.packing import MOST_BODY, MOST_OWN, Engine, Packer, split, take_apart
-from tests.fakes import die, until
+from tests.fakes import die, plain, until
 from tests.patience import PATIENCE_S
 from tests.proxy.server.conftest import Proxy
 
@@ -195,6 +195,30 @@ async def test_a_caller_who_is_alone_is_sent_on_at_once_byte_for_byte(proxy: Pro
     assert "x-vramp-packed" not in response.headers
     assert window.opened == 0
     assert proxy.upstream.requests[-1][2] == body
+
+
+async def test_a_chat_to_embed_goes_by_itself_though_the_engine_is_busy(proxy: Proxy, engine: Embedder) -> None:
+    proxy.upstream.behave = plain(b'{"data":[],"usage":{"prompt_tokens":7}}')
+    body = b'{"messages": [{"role":"user","content":"Hi"}],"model":"demo-embed"}'
+    response = await proxy.session.post("/v1/embeddings", data=body, headers={"content-type": "application/json"})
+    assert response.status == 200
+    assert "x-vramp-packed" not in response.headers
+    assert proxy.upstream.requests[-1][2] == body
+    proxy.upstream.behave = engine
+    engine.go.set()
+    await proxy.settled()
+    assert 7 in [line["prompt_tokens"] for line in await proxy.lines()]
+
+
+async def test_a_chat_to_embed_reaches_a_remote(proxy: Proxy) -> None:
+    proxy.configure(models=(ModelConfig(id="away", backend="cloud", task="embed", upstream_model="theirs"),))
+    proxy.remote.behave = plain(b'{"data":[],"usage":{"prompt_tokens":7}}')
+    body = {"model": "away", "messages": [{"role": "user", "content": "Hi"}]}
+    response = await proxy.session.post("/v1/embeddings", json=body)
+    assert response.status == 200
+    assert proxy.remote.last_body == {**body, "model": "theirs"}
+    await proxy.settled()
+    assert [line["prompt_tokens"] for line in await proxy.lines()] == [7]
 
 
 async def test_who_gathered_and_was_left_alone_is_sent_byte_for_byte_too(proxy: Proxy, engine: Embedder) -> None:
