@@ -164,7 +164,7 @@ class App:
         if self._start.record is None:
             return opening.core()
         path = free_path(self._start.record)
-        ended = "nothing is recorded in %s any more: %s; what it has can be replayed"
+        ended = "nothing is recorded in %s any more: %s; what it has can be replayed, and the next start records anew"
         try:
             self._recorder = Recorder(path, opening, on_end=lambda why: log.warning(ended, path, why))
         except OSError as error:  # a server that comes back after a crash is worth more than its log

@@ -21,6 +21,7 @@ from scheduler.commands import Admit, Command
 from scheduler.core import Core
 from scheduler.events import Arrived, Cancelled, Event, Finished
 from scheduler.footprints import Footprints
+from scheduler.ledger import readable_size
 from scheduler.model import DeviceSpec, ModelSpec, SchedulerSettings, Ticket
 from scheduler.policies.regret import TAIL_HELD, Regret
 from scheduler.sequences import Steps
@@ -80,8 +81,8 @@ def free_path(path: str | Path) -> Path:
 
 
 class Recorder:
-    """Writes a log. Stops for good at `most_bytes`, so that the disk does not fill, or when it cannot be written, and
-    says why to `on_end`. What is there stays replayable.
+    """Writes a log. Stops for good at `most_bytes`, so that the disk does not fill, or when it cannot be written: it
+    closes the file and says why to `on_end`, once. What is there stays replayable.
 
     To write never raises: the core has decided by then, and a decision that its shell is not told is lost.
     """
@@ -96,7 +97,7 @@ class Recorder:
         """Raises OSError where there can be no such file."""
         self._on_end = on_end
         self._file: BinaryIO = Path(path).open("wb")  # noqa: SIM115 - lives as long as the server
-        self._left = most_bytes
+        self._most_bytes = self._left = most_bytes
         self._encoder = msgspec.msgpack.Encoder()
         self._write(opening)
 
@@ -115,13 +116,17 @@ class Recorder:
         data = self._encoder.encode(value)
         self._left -= LENGTH_BYTES + len(data)
         if self._left < 0:
-            self._on_end("it is full")
+            self._end(f"it has reached {readable_size(self._most_bytes)}")
             return
         try:
             self._file.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
         except OSError as error:
-            self._left = -1
-            self._on_end(error.strerror or str(error))
+            self._end(error.strerror or str(error))
+
+    def _end(self, why: str) -> None:
+        self._left = -1
+        self.close()  # now: its last entries, and a file that is moved away, would wait for the server's end
+        self._on_end(why)
 
 
 class RecordedCore(Core):

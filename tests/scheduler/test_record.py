@@ -65,14 +65,18 @@ def test_a_log_that_was_cut_off_is_whole_up_to_its_last_entry(tmp_path: Path) ->
     assert 0.5 * whole < part.events < 0.8 * whole
 
 
-def test_a_log_that_stops_at_its_limit_says_so_once(tmp_path: Path) -> None:
+def test_a_log_that_reaches_its_limit_says_so_once_and_is_whole_at_once(tmp_path: Path) -> None:
     said: list[str] = []
-    recorder = Recorder(tmp_path / "log", OPENING, most_bytes=2000, on_end=said.append)
-    core = RecordedCore(OPENING, recorder)
-    for number in range(100):
-        core.arrive(Ticket(number, "a"), float(number))
+    recorder = Recorder(tmp_path / "log", OPENING, most_bytes=1 << 20, on_end=said.append)
+    events = 0
+    while not said:
+        recorder.entry(float(events), Arrived(Ticket(events, "a" * 1000)), [])
+        events += 1
+    _, *entries = read_log(tmp_path / "log")  # though the server goes on
+    assert len(entries) == events - 1
+    recorder.entry(float(events), Arrived(Ticket(events, "a")), [])
     recorder.close()
-    assert said == ["it is full"]
+    assert said == ["it has reached 1 MiB"]
 
 
 def test_a_disk_that_is_full_ends_the_log_and_nothing_else() -> None:
