@@ -366,7 +366,10 @@ cdef class Client(Conn):
 
     cdef bint _unchunk(self) except -1:
         """Join the chunks that are there, from the first that was not; False where the body is not plainly chunked:
-        with extensions, trailers, nothing in it, or more than a body may have. `_more` of it may be to come."""
+        with extensions, trailers, nothing in it, or more than a body may have. `_more` of it may be to come.
+
+        An upstream's answer has a reader of its own: it joins in place and passes on part of a chunk; here every byte
+        stays as it came, for the ordinary lane may get the connection yet."""
         cdef const char* start = self._in + self._head
         cdef const char* end = self._in + self._in_len
         cdef const char* p
