@@ -20,6 +20,7 @@ import msgspec
 from scheduler.commands import Admit, Command, Credit, Load, Probe, Refuse, Revoke, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.devices.base import Device
+from scheduler.devices.reader import Reader
 from scheduler.engines.base import EngineExit, EngineKind, Progress
 from scheduler.engines.sleeping import Said, SleepError
 from scheduler.events import (
@@ -44,6 +45,7 @@ from scheduler.model import RefusalCode, Residency, Ticket
 log = logging.getLogger("vramp.scheduler")
 
 DECISIONS_KEPT = 50
+READING_LIMIT_S = 10.0  # for one reading of a device: a driver in trouble may take minutes
 SLEEP_LIMIT_S = 60.0  # for one answer to sleep, wake or the fixed question
 LEAVING_INTERVAL_S = 0.25  # between two readings while memory is awaited: a driver takes 0.5 to 1.5 s to free it
 DEATH_LIMIT_S = 3.0  # vLLM takes a second and a half to notice that its core has been killed
@@ -236,6 +238,7 @@ class Scheduler:
         launches: Mapping[str, Launch],
         *,
         measure_interval_s: float = 2.0,
+        reading_limit_s: float = READING_LIMIT_S,
         observe: Callable[[Event | Command], None] = lambda _: None,
         learned: Learned | None = None,
     ) -> None:
@@ -243,6 +246,7 @@ class Scheduler:
         self._learned = learned
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
         self._devices = {device.spec.name: device for device in devices}
+        self._readers = {device.spec.name: Reader(device, reading_limit_s) for device in devices}
         self._engines = engines
         self._launches = dict(launches)
         self._measure_interval_s = measure_interval_s
@@ -258,7 +262,6 @@ class Scheduler:
         self._watchers: set[asyncio.Event] = set()
         self._next_ticket = 0
         self._measure_soon = asyncio.Event()
-        self._unreadable: set[str] = set()  # devices whose last reading failed
         self.on_credit: Callable[[Credit | Revoke], None] = lambda _: None  # whoever has asked for credit sets it
         self._successor: Successor | None = None
         engines.on_exit = self._engine_died
@@ -527,8 +530,7 @@ class Scheduler:
         self._starting.pop(engine_id, None)
         now = self._loop.time()
         self._urls[engine_id], self._ready_at[engine_id] = handle.base_url, now
-        for device in devices:
-            await self._measure(device)  # its start lease ends with a figure, not with a guess
+        await self._measure(device.spec.name for device in devices)  # its start lease ends with a figure, not a guess
         self._note(f"{engine_id} is ready", f"after {now - begun:.1f} s")
         if self._learned is not None:
             self._learned.loaded(command.model, now - begun)
@@ -612,52 +614,55 @@ class Scheduler:
         self._urls.pop(engine_id, None)
         self._ready_at.pop(engine_id, None)
 
-    def _background(self, work: Coroutine[None, None, None]) -> None:
+    def _background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ----------------------------------------------------------------- memory
 
-    async def _measure(self, device: Device) -> None:
-        pids = {
+    async def _measure(self, devices: Iterable[str]) -> None:
+        """Fresh readings of them, side by side."""
+        await asyncio.gather(*map(self._measure_one, devices))
+
+    async def _measure_one(self, device: str) -> None:
+        reading = await self._readers[device].read(lambda: self._pids_on(device), self._engines.launcher_pids)
+        if reading is not None:
+            self.dispatch(
+                MemoryMeasured(
+                    device,
+                    reading.total_bytes,
+                    reading.used_bytes,
+                    reading.foreign_bytes,
+                    reading.engines,
+                    reading.overhead_bytes,
+                )
+            )
+
+    def _pids_on(self, device: str) -> dict[str, list[int]]:
+        return {
             model.engine.id: self._engines.pids(model.engine.id)
             for model in self.core.models.values()
-            if model.engine is not None and device.spec.name in model.engine.devices
+            if model.engine is not None and device in model.engine.devices
         }
-        try:
-            reading = await asyncio.to_thread(device.measure, pids, self._engines.launcher_pids())
-        except Exception as error:  # whatever it is, a start must come to its end, and readings must go on
-            self._cannot_read(device.spec.name, error)
-            return
-        self._unreadable.discard(device.spec.name)
-        self.dispatch(
-            MemoryMeasured(
-                device.spec.name,
-                reading.total_bytes,
-                reading.used_bytes,
-                reading.foreign_bytes,
-                reading.engines,
-                reading.overhead_bytes,
-            )
-        )
-
-    def _cannot_read(self, device: str, error: Exception) -> None:
-        """Told once: it is tried again every few seconds."""
-        if device not in self._unreadable:
-            self._unreadable.add(device)
-            what = "device %s cannot be read, and what was read last is believed: %s: %s"
-            unforeseen = not isinstance(error, OSError)
-            log.error(what, device, type(error).__name__, error, exc_info=error if unforeseen else None)
 
     async def _measure_for(self, engine_id: str, *, late_only: bool = False) -> None:
         """A fresh reading of the engine's devices; `late_only`: of those that free memory late."""
         model = self.core.books.by_engine(engine_id)
-        if model is None or model.engine is None:
-            return
-        for name in model.engine.devices:
-            if self._devices[name].spec.frees_late or not late_only:
-                await self._measure(self._devices[name])
+        if model is not None and model.engine is not None:
+            names = model.engine.devices
+            await self._measure(name for name in names if self._devices[name].spec.frees_late or not late_only)
+
+    async def _measure_all(self) -> None:
+        """A round of readings. One that hangs goes on by itself: it must not hold up the next round of the others,
+        whose memory may be awaited."""
+        idle = [name for name, reader in self._readers.items() if not reader.busy]
+        readings = [self._background(self._measure_one(name)) for name in idle]
+        if readings:
+            done, _ = await asyncio.wait(readings, timeout=min(LEAVING_INTERVAL_S, self._measure_interval_s))
+            for reading in done:
+                reading.result()
 
     def _next_reading_s(self) -> float:
         leaving = any(self.core.books.leaving(name) for name in self._devices)
@@ -672,8 +677,7 @@ class Scheduler:
         they are."""
         try:
             while self._successor is None:
-                for device in self._devices.values():
-                    await self._measure(device)
+                await self._measure_all()
                 await self._keep_learned()
                 self._measure_soon.clear()
                 try:

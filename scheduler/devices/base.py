@@ -21,7 +21,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Device(Protocol):
-    """Memory that engines share. `measure` may take milliseconds: the driver calls it in a thread."""
+    """Memory that engines share. `measure` may take milliseconds, or hang: `scheduler.devices.reader` calls it."""
 
     @property
     def spec(self) -> DeviceSpec:

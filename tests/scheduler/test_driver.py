@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,8 @@ from scheduler.driver import Launch, Refused, Scheduler
 from scheduler.engines.base import EngineExit, Progress
 from scheduler.events import ConfigChanged, EngineReady
 from scheduler.model import DeviceSpec, ModelSpec, RefusalCode, Residency, SchedulerSettings, Ticket
+from tests.fakes import until
+from tests.scheduler.devices.test_reader import NumberedDevice
 
 MiB = 1 << 20
 
@@ -81,6 +84,21 @@ async def rig() -> AsyncIterator[tuple[Scheduler, FakeEngines]]:
 
 
 Rig = tuple[Scheduler, FakeEngines]
+
+
+@asynccontextmanager
+async def reading(*devices: NumberedDevice, limit_s: float) -> AsyncIterator[Scheduler]:
+    """A scheduler whose model "a" runs on both devices and "b" on the first, all of which are read all the time."""
+    launch = Launch(kind=None, start_timeout_s=1.0, stop_timeout_s=1.0)  # type: ignore[arg-type]
+    models = [ModelSpec("a", 500, "nvidia", devices_needed=2), ModelSpec("b", 500, devices[0].spec.name)]
+    core = Core([device.spec for device in devices], models, SchedulerSettings())
+    launches = {"a": launch, "b": launch}
+    try:
+        yield Scheduler(core, devices, FakeEngines(), launches, measure_interval_s=0.001, reading_limit_s=limit_s)
+    finally:
+        for device in devices:
+            device.lets.set()
+    core.check()
 
 
 async def serve(scheduler: Scheduler, model: str) -> str:
@@ -188,6 +206,27 @@ async def test_a_device_that_cannot_be_read_costs_no_request_and_is_told_of_once
     ]
     await serve(scheduler, "b")
     assert scheduler.core.devices["ram"].holding("b#4").measured == 500 * MiB  # type: ignore[union-attr]
+
+
+async def test_an_engine_is_ready_and_serves_though_a_reading_of_its_device_hangs() -> None:
+    host, gpu = NumberedDevice("ram"), NumberedDevice("gpu0")
+    async with reading(host, gpu, limit_s=0.01) as scheduler:
+        gpu.lets.clear()
+        assert await serve(scheduler, "a") == "http://a#1"
+        assert await serve(scheduler, "a") == "http://a#1"
+        assert await serve(scheduler, "b") == "http://b#2"
+
+
+async def test_other_devices_go_on_being_read_while_one_hangs_and_the_end_does_not_wait_for_it() -> None:
+    host, gpu = NumberedDevice("ram"), NumberedDevice("gpu0")
+    gpu.lets.clear()
+    async with reading(host, gpu, limit_s=3600.0) as scheduler:
+        running = asyncio.create_task(scheduler.run())
+        await until(lambda: host.begun > 3)
+        assert gpu.begun == 1
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert await serve(scheduler, "b") == "http://b#1"
 
 
 async def test_an_engine_that_dies_is_replaced_for_the_next_request(rig: Rig) -> None:
