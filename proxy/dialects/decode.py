@@ -127,6 +127,8 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "/v1/score": _SCORED,
     "/score": _SCORED,
 }
+# Where null is nothing and an empty list is not: some templates make a prompt of no messages, as that of gpt-oss does.
+_LISTS_MAY_BE_EMPTY = frozenset({"/v1/responses"})
 _DECODERS = {path: msgspec.json.Decoder(shape) for path, shape in _SHAPES.items()}
 _PLAIN = msgspec.json.Decoder(_Body)
 _WHERE = re.compile(r" - at `\$\.?(.*)`$")
@@ -182,20 +184,21 @@ def _call(endpoint: Endpoint, headers: Mapping[str, str], fields: _Body, size: i
         deadline_ms=_deadline(headers.get("x-vramp-deadline-ms")),
         session=session_of(headers),
         priority=fields.priority,
-        lacks=_lacks(_NEEDED.get(endpoint.path, ()), fields),
+        lacks=_lacks(endpoint.path, fields),
     )
 
 
-def _lacks(needed: tuple[tuple[str, ...], ...], fields: _Body) -> str:
+def _lacks(path: str, fields: _Body) -> str:
     """The member that nothing is in, nor in what could stand in for it; "" where there is none."""
-    return next((row[0] for row in needed if all(_is_empty(getattr(fields, name)) for name in row)), "")
+    rows, lists = _NEEDED.get(path, ()), path not in _LISTS_MAY_BE_EMPTY
+    return next((row[0] for row in rows if all(_is_empty(getattr(fields, name), lists) for name in row)), "")
 
 
-def _is_empty(value: msgspec.Raw | list[msgspec.Raw] | str | None) -> bool:
+def _is_empty(value: msgspec.Raw | list[msgspec.Raw] | str | None, lists: bool) -> bool:
     if not isinstance(value, msgspec.Raw):
         return value is None or value == []  # whether a text is empty the short form does not say
     text = bytes(value)
-    return text == b"null" or (text[:1] == b"[" and not text[1:-1].strip())
+    return text == b"null" or (lists and text[:1] == b"[" and not text[1:-1].strip())
 
 
 def session_of(headers: Mapping[str, str]) -> str:
