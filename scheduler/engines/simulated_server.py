@@ -234,8 +234,8 @@ class Engine:
     async def embeddings(self, request: web.Request) -> web.Response:
         """POST /v1/embeddings, float or base64."""
         body = await self._body(request)
-        inputs = body.get("input")
-        texts = inputs if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int) else [inputs]
+        inputs = body.get("input", body.get("messages"))
+        texts = inputs if isinstance(inputs, list) and inputs and isinstance(inputs[0], str | list) else [inputs]
         words = [text.prompt_of({"input": each}) for each in texts]
         fault = self._fault(request, body)
         async with self._counted(request):

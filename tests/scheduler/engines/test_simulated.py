@@ -135,6 +135,18 @@ async def test_ids_of_tokens_are_counted_each_as_one(engine: Make, given: Any, t
     assert body["usage"]["prompt_tokens"] == tokens
 
 
+async def test_a_chat_is_embedded_as_what_it_says_and_several_one_by_one(engine: Make) -> None:
+    client = await engine(task="embed")
+    chats = [[{"role": "user", "content": said}] for said in ("red apple", "blue sea")]
+    bodies: list[dict[str, Any]] = [{"input": ["red apple", "blue sea"]}, {"messages": chats}, {"messages": chats[0]}]
+    texts, several, one = [
+        [row["embedding"] for row in (await (await client.post("/v1/embeddings", json=body)).json())["data"]]
+        for body in bodies
+    ]
+    assert several == texts
+    assert one == texts[:1]
+
+
 async def test_reranking_puts_shared_words_first(engine: Make) -> None:
     client = await engine(task="embed")
     asked = {"model": "sim", "query": "red apple", "documents": ["blue sea", "a red apple"]}
