@@ -35,8 +35,16 @@ class UnreachableError(AdminError):
     exit_code = 3
 
 
+class Unreadable(msgspec.Struct, frozen=True):
+    """A device cannot be read: for how long, and why."""
+
+    for_s: float
+    why: str
+
+
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device, in bytes. `used` is measured, `held` is what the ledger counts for engines, loads included."""
+    """One device, in bytes. `used` is measured, `held` is what the ledger counts for engines, loads included. While it
+    is `unreadable` these are the figures of its last reading."""
 
     name: str
     kind: str = ""
@@ -46,6 +54,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     reserved_bytes: int = 0
     foreign_bytes: int = 0
     free_bytes: int = 0
+    unreadable: Unreadable | None = None
 
 
 class ModelStatus(msgspec.Struct, frozen=True):

@@ -148,7 +148,7 @@ class App:
             learned=learned,
         )
         self._scraper = EngineScraper(self._session, self._scheduler.engine_urls)
-        self._metrics.registry.register(SchedulerGauges(lambda: core))
+        self._metrics.registry.register(SchedulerGauges(lambda: core, self._scheduler.unreadable))
         await self._take_over(adoptable, handed)
         self._guests.serve(self._scheduler)
 

@@ -109,10 +109,17 @@ def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
             "reserved": _size(device.reserved_bytes),
             "foreign": _size(device.foreign_bytes),
             "free": _size(device.free_bytes),
+            "note": _stale(device),
         }
         for device in devices
     ]
     return _filled(rows)
+
+
+def _stale(device: DeviceStatus) -> Text:
+    """Whoever looks must not take old figures for what is."""
+    trouble = device.unreadable
+    return Text() if trouble is None else Text(f"not read for {_ago(trouble.for_s)}: {trouble.why}", style="red")
 
 
 def _memory_bar(device: DeviceStatus) -> Text:

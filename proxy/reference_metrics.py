@@ -60,7 +60,7 @@ def _everything() -> Iterator[Metric]:
     for code in RefusalCode:
         scheduler.observe(Refuse(1, code, ""))
     core = Core([DeviceSpec("d", "simulated", 1)], [ModelSpec("m", 1, "simulated")])
-    metrics.registry.register(SchedulerGauges(lambda: core))
+    metrics.registry.register(SchedulerGauges(lambda: core, dict))
     yield from metrics.registry.collect()
 
 

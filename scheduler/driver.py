@@ -20,7 +20,7 @@ import msgspec
 from scheduler.commands import Admit, Command, Credit, Load, Probe, Refuse, Revoke, Sleep, Stop, Wake, WakeAt
 from scheduler.core import Core
 from scheduler.devices.base import Device
-from scheduler.devices.reader import Reader
+from scheduler.devices.reader import Reader, Trouble
 from scheduler.engines.base import EngineExit, EngineKind, Progress
 from scheduler.engines.sleeping import Said, SleepError
 from scheduler.events import (
@@ -331,6 +331,10 @@ class Scheduler:
     def states(self) -> dict[str, str]:
         """The state of every local model."""
         return {name: model.state.value for name, model in self.core.models.items()}
+
+    def unreadable(self) -> dict[str, Trouble]:
+        """The devices whose last reading failed: what is known of them is what was read before."""
+        return {name: reader.trouble for name, reader in self._readers.items() if reader.trouble is not None}
 
     async def changes(self) -> AsyncIterator[None]:
         """Something may have changed that people are shown; at first at once, then whenever it may have."""

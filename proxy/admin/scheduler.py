@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from scheduler.books import Books
+from scheduler.devices.reader import Trouble
 from scheduler.driver import Decision, Scheduler
 from scheduler.ledger import DeviceLedger
 from scheduler.model import LatencyClass
@@ -21,7 +22,9 @@ def scheduler_view(scheduler: Scheduler, now: float) -> dict[str, Any]:
     """The whole of the answer."""
     core = scheduler.core
     return {
-        "devices": [{**device(ledger), "engines": _engines(ledger, core.books)} for ledger in core.devices.values()],
+        "devices": [
+            {**sums, "engines": _engines(core.devices[sums["name"]], core.books)} for sums in devices(scheduler, now)
+        ],
         "sleep_memory": {
             "budget_bytes": core.books.sleep_memory.budget,
             "held_bytes": core.books.sleep_memory.held,
@@ -52,8 +55,13 @@ def queues(scheduler: Scheduler) -> list[dict[str, Any]]:
     ]
 
 
-def device(ledger: DeviceLedger) -> dict[str, Any]:
-    """The book of one device, in sums."""
+def devices(scheduler: Scheduler, now: float) -> list[dict[str, Any]]:
+    """The books of the devices, in sums; `unreadable` where they go by what was read some time ago."""
+    unreadable = scheduler.unreadable()
+    return [_device(ledger, unreadable.get(name), now) for name, ledger in scheduler.core.devices.items()]
+
+
+def _device(ledger: DeviceLedger, trouble: Trouble | None, now: float) -> dict[str, Any]:
     spec = ledger.spec
     return {
         "name": spec.name,
@@ -66,6 +74,7 @@ def device(ledger: DeviceLedger) -> dict[str, Any]:
         "held_bytes": ledger.held,
         "free_bytes": ledger.free,
         "starting": ledger.starting,
+        "unreadable": None if trouble is None else {"for_s": round(now - trouble.since_s, 1), "why": trouble.reason},
     }
 
 

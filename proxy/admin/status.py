@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxy.admin.scheduler import decisions, device, queues
+from proxy.admin.scheduler import decisions, devices, queues
 from proxy.config import Config, ModelConfig
 from scheduler.driver import Scheduler
 from scheduler.model import LatencyClass, Residency
@@ -20,7 +20,7 @@ def status(
     return {
         **about,
         "uptime_s": round(uptime_s, 1),
-        "devices": [device(ledger) for ledger in core.devices.values()],
+        "devices": devices(scheduler, now),
         "models": [_model(state, local.get(name), scheduler, now) for name, state in core.models.items()]
         + [_remote(model) for model in config.models if model.id not in core.models],
         "waiting": [

@@ -5,7 +5,7 @@ Labels are model ids of the configuration, device names, latency classes and sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -55,8 +55,10 @@ class SchedulerMetrics:
 class SchedulerGauges(Collector):
     """Gauges made from the core's state at scrape time: nothing to keep current, nothing that can drift."""
 
-    def __init__(self, core: Callable[[], Core]) -> None:
+    def __init__(self, core: Callable[[], Core], unreadable: Callable[[], Container[str]]) -> None:
+        """`unreadable` says which devices cannot be read."""
         self._core = core
+        self._unreadable = unreadable
 
     def describe(self) -> Iterable[Metric]:
         """Nothing in advance: the registry would otherwise collect once at registration."""
@@ -92,7 +94,12 @@ class SchedulerGauges(Collector):
 
     def _devices(self, core: Core) -> Iterable[Metric]:
         memory = GaugeMetricFamily("vramp_device_memory_bytes", "Memory of a device by use.", labels=["device", "use"])
+        unreadable = GaugeMetricFamily(
+            "vramp_device_unreadable", "1 while a device cannot be read, and its figures are old.", labels=["device"]
+        )
+        silent = self._unreadable()
         for name, ledger in core.devices.items():
+            unreadable.add_metric([name], float(name in silent))
             uses = {
                 "capacity": ledger.spec.capacity_bytes,
                 "reserved": ledger.spec.reserve_bytes,
@@ -103,7 +110,7 @@ class SchedulerGauges(Collector):
             }
             for use, size in uses.items():
                 memory.add_metric([name, use], float(size))
-        yield memory
+        yield from (memory, unreadable)
 
 
 def _model_of(engine_id: str) -> str:

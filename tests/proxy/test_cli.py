@@ -177,6 +177,19 @@ def test_status_shows_devices_models_queue_and_reasons(admin: FakeAdmin) -> None
     assert lines[-1] == "5s ago  evict demo-story: demo-code needs 1GiB"
 
 
+def test_status_says_on_a_devices_line_that_its_figures_are_old(admin: FakeAdmin) -> None:
+    def host(**more: object) -> str:
+        status = STATUS | {"devices": [STATUS["devices"][0] | more]}
+        admin.answers["GET /admin/api/status"] = (200, json.dumps(status).encode())
+        lines = [line.strip() for line in admin.run("status").output.splitlines()]
+        return next(line for line in lines if line.startswith("host "))
+
+    unreadable = {"for_s": 185.0, "why": "TimeoutError: no answer within 10 s"}
+    assert host(unreadable=unreadable).endswith(" not read for 3m05s: TimeoutError: no answer within 10 s")
+    assert host(unreadable=None) == host()
+    assert "not read" not in host()
+
+
 def test_status_shows_workers_where_there_are_some(admin: FakeAdmin) -> None:
     def shown(**more: object) -> list[str]:
         admin.answers["GET /admin/api/status"] = (200, json.dumps(STATUS | more).encode())

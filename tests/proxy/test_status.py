@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock
+
+import pytest
 
 from proxy.admin.scheduler import scheduler_view
 from proxy.admin.status import status
@@ -61,12 +64,36 @@ async def test_the_decision_log_says_why_a_model_was_loaded_before_anybody_asked
     scheduler.core.placement.guesses.settle()
     counts = {
         (sample.name, *sample.labels.values()): sample.value
-        for metric in SchedulerGauges(lambda: scheduler.core).collect()
+        for metric in SchedulerGauges(lambda: scheduler.core, scheduler.unreadable).collect()
         for sample in metric.samples
     }
     assert counts["vramp_guesses_total", "right"] == 1.0
     assert counts["vramp_guesses_total", "wrong"] == 0.0
     assert counts[("vramp_swaps_held_total",)] == 0.0
+
+
+async def test_a_device_that_cannot_be_read_says_for_how_long_and_why_until_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = made()
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeDevice, "measure", Mock(side_effect=OSError("the driver does not answer")))
+        await serve(scheduler, "a")
+    since_s = scheduler.unreadable()["ram"].since_s
+    says = {"for_s": 75.0, "why": "OSError: the driver does not answer"}
+    shown = status(scheduler, Config(), uptime_s=1.0, now=since_s + 75.0, about={})
+    assert [device["unreadable"] for device in shown["devices"]] == [says]
+    assert [device["unreadable"] for device in scheduler_view(scheduler, since_s + 75.0)["devices"]] == [says]
+    assert unreadable_metric(scheduler) == {"ram": 1.0}
+    await serve(scheduler, "b")
+    assert [device["unreadable"] for device in scheduler_view(scheduler, since_s + 80.0)["devices"]] == [None]
+    assert unreadable_metric(scheduler) == {"ram": 0.0}
+
+
+def unreadable_metric(scheduler: Scheduler) -> dict[str, float]:
+    gauges = SchedulerGauges(lambda: scheduler.core, scheduler.unreadable)
+    (metric,) = (each for each in gauges.collect() if each.name == "vramp_device_unreadable")
+    return {sample.labels["device"]: sample.value for sample in metric.samples}
 
 
 async def test_a_swap_that_is_held_back_says_so() -> None:
