@@ -41,8 +41,11 @@ from scheduler.events import (
 )
 from scheduler.learned import Learned
 from scheduler.model import RefusalCode, Residency, Ticket
+from scheduler.state import ModelState
 
 log = logging.getLogger("vramp.scheduler")
+
+Shown = tuple[Residency, float, str]  # what operators are shown of a model: its state, progress 0..1, a note
 
 DECISIONS_KEPT = 50
 READING_LIMIT_S = 10.0  # for one reading of a device: a driver in trouble may take minutes
@@ -395,36 +398,38 @@ class Scheduler:
         self._launches.update(launches)
         self.dispatch(event)
 
-    async def load(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
-        """Make a model resident; yields (state, progress 0..1, note) at every change until ready or failed."""
+    async def load(self, name: str) -> AsyncIterator[Shown]:
+        """Make a model resident; yields (state, progress 0..1, note) at every change until ready or failed. Failed is
+        also what ends without a start: there is no place for it any more, or somebody had it unloaded."""
         model = self.core.models.get(name)
         reason = self.core.books.never_fits(model.spec) if model is not None and model.engine is None else None
         if reason is not None:
             yield Residency.FAILED, 0.0, reason
             return
         self.dispatch(LoadAsked(name))
-        async for state in self._follow(name, until=frozenset({Residency.READY, Residency.FAILED})):
+        async for state in self._follow(name, _shown_loading, until=frozenset({Residency.READY, Residency.FAILED})):
             yield state
 
-    async def unload(self, name: str) -> AsyncIterator[tuple[Residency, float, str]]:
+    async def unload(self, name: str) -> AsyncIterator[Shown]:
         """Drain and stop a model; yields its states until it is gone."""
         self.dispatch(UnloadAsked(name))
-        async for state in self._follow(name, until=frozenset({Residency.COLD, Residency.FAILED})):
+        async for state in self._follow(name, _shown, until=frozenset({Residency.COLD, Residency.FAILED})):
             yield state
 
-    async def _follow(self, name: str, until: frozenset[Residency]) -> AsyncIterator[tuple[Residency, float, str]]:
+    async def _follow(
+        self, name: str, shown: Callable[[ModelState], Shown], until: frozenset[Residency]
+    ) -> AsyncIterator[Shown]:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
             last = None
             while (model := self.core.models.get(name)) is not None:
                 changed.clear()
-                note = model.last_error if model.state is Residency.FAILED else model.note
-                state = (model.state, model.progress, note)
+                state = shown(model)
                 if state != last:
                     last = state
-                    yield state
-                if model.state in until:
+                    yield state  # which may take as long as an operator's connection does
+                if state[0] in until:
                     return
                 await changed.wait()
         finally:
@@ -700,6 +705,15 @@ class Scheduler:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._successor is None:  # else these files are the successor's by now
             await self._keep_learned(everything=True)
+
+
+def _shown(model: ModelState) -> Shown:
+    return model.state, model.progress, model.last_error if model.state is Residency.FAILED else model.note
+
+
+def _shown_loading(model: ModelState) -> Shown:
+    """To whom its load was promised."""
+    return (Residency.FAILED, 0.0, model.note or "nobody wants it any more") if model.resting else _shown(model)
 
 
 def _together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:

@@ -218,8 +218,8 @@ class Lifecycle:
         return out + self._give_up(now)
 
     def _give_up(self, now: float) -> list[Command]:
-        """Who waits for a model that has had no place for a while hears what who comes now would hear: a pinned one
-        came, or grew, or the model itself did."""
+        """Who waits for a model that has had no place for a while hears what who comes now would hear, an operator too:
+        a pinned one came, or grew, or the model itself did."""
         reasons = {
             model: reason
             for model in self._books.wanted
@@ -231,6 +231,7 @@ class Lifecycle:
         for model, reason in reasons.items():
             if now - self._impossible[model.spec.name] >= IMPOSSIBLE_S:
                 out += self._tickets.turn_away(model, partial(never_fits, reason=reason))
+                _not_wanted_after_all(model, reason)
         return out
 
     def _gave_back(self, model: ModelState, now: float) -> list[Command]:
@@ -309,6 +310,8 @@ class Lifecycle:
             return []
         if model.state is Residency.FAILED:
             model.move(Residency.COLD)
+        if model.engine is None:
+            model.note = ""
         model.wanted_order = self._tickets.next_order()
         return []
 
@@ -317,7 +320,7 @@ class Lifecycle:
         model = self._models.get(name)
         if model is None:
             return []
-        model.wanted_order = None
+        _not_wanted_after_all(model, "an operator asked for its unload")
         return self._placement.give_up(model, StopCause.OPERATOR, "an operator asked for it")
 
     def removed(self, model: ModelState) -> list[Command]:
@@ -330,6 +333,12 @@ class Lifecycle:
             del self._models[name]
             return out
         return out + self._placement.give_up(model, StopCause.CONFIGURATION, "removed from the configuration")
+
+
+def _not_wanted_after_all(model: ModelState, why: str) -> None:
+    """An operator's load ends before it has begun."""
+    if model.wanted_order is not None:
+        model.wanted_order, model.note = None, why
 
 
 def _charge_load(model: ModelState, load_s: float) -> None:

@@ -295,6 +295,11 @@ class ModelState:
         """Somebody waits for it, or an operator asked for it."""
         return len(self.queue) > 0 or self._wanted_order is not None
 
+    @property
+    def resting(self) -> bool:
+        """Cold or asleep, and nobody wants anything else: nothing will happen to it by itself."""
+        return self.state in (Residency.COLD, Residency.ASLEEP) and not self.wanted
+
     def expected_load_s(self, now: float) -> float:
         """Seconds until a start under way, or one begun now, should be ready."""
         if self.state in (Residency.LOADING, Residency.WAKING):

@@ -160,6 +160,24 @@ def test_who_waits_for_a_model_that_has_become_impossible_hears_it_before_the_lo
     assert kinds(w.ready(load)) == [f"admit {other}"]
 
 
+def test_an_operators_load_that_has_become_impossible_ends_and_later_requests_find_the_model(world: MakeWorld) -> None:
+    w = world(memory=1500, a=spec("a", 700, pinned=True), b=700)
+    w.resident("a")
+    w.measured(foreign=400 * MiB)
+    assert w.step(LoadAsked("b")) == []
+    w.step(ConfigChanged((spec("a", 700, pinned=True), spec("b", 900)), SchedulerSettings()))
+    w.measured(foreign=400 * MiB)
+    w.at(w.now + IMPOSSIBLE_S - 0.1).measured(foreign=400 * MiB)
+    assert w.core.models["b"].wanted
+    w.at(w.now + 0.1).measured(foreign=400 * MiB)
+    assert not w.core.models["b"].wanted
+    assert w.core.models["b"].note.startswith("b needs 900 MiB and ram can give at most 800 MiB")
+    w.step(ConfigChanged((spec("a", 700, pinned=True), spec("b", 700)), SchedulerSettings()))
+    assert w.measured() == []
+    ticket, (load,) = w.arrive("b")
+    assert kinds(w.ready(load)) == [f"admit {ticket}"]
+
+
 def test_what_is_impossible_for_a_moment_refuses_nobody_who_waits(world: MakeWorld) -> None:
     w = world(memory=1500, a=spec("a", 700, pinned=True), b=700)
     engine = w.resident("a")

@@ -11,11 +11,12 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 
+from scheduler import lifecycle
 from scheduler.core import Core
 from scheduler.devices.base import Reading
 from scheduler.driver import Launch, Refused, Scheduler
 from scheduler.engines.base import EngineExit, Progress
-from scheduler.events import ConfigChanged, EngineReady
+from scheduler.events import ConfigChanged, EngineReady, MemoryMeasured
 from scheduler.model import DeviceSpec, ModelSpec, RefusalCode, Residency, SchedulerSettings, Ticket
 from tests.fakes import until
 from tests.scheduler.devices.test_reader import NumberedDevice
@@ -276,6 +277,47 @@ async def test_a_load_that_cannot_fit_says_so_at_once(rig: Rig) -> None:
     assert state is Residency.FAILED
     assert "a needs 4.88 GiB and ram can give at most 1000 MiB" in note
     assert engines.started == []
+
+
+async def test_a_load_that_has_become_impossible_while_it_waited_fails_with_the_reason(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "IMPOSSIBLE_S", 0.0)
+    scheduler, engines = rig
+    strangers = MemoryMeasured("ram", 0, 0, foreign_bytes=1000 * MiB, engines={})
+    scheduler.dispatch(strangers)
+    load = scheduler.load("a")
+    assert await anext(load) == (Residency.COLD, 0.0, "")
+    scheduler.dispatch(ConfigChanged((ModelSpec("a", 5000 * MiB, "host"),), SchedulerSettings()))
+    scheduler.dispatch(strangers)
+    ((state, _, note),) = [each async for each in load]
+    assert state is Residency.FAILED
+    assert "a needs 4.88 GiB and ram can give at most 1000 MiB" in note
+    scheduler.dispatch(ConfigChanged((ModelSpec("a", 700 * MiB, "host"),), SchedulerSettings()))
+    scheduler.dispatch(MemoryMeasured("ram", 0, 0, foreign_bytes=0, engines={}))
+    assert engines.started == []
+    assert await serve(scheduler, "a") == "http://a#1"
+
+
+async def test_a_load_that_waits_ends_when_another_operator_wants_the_model_gone(rig: Rig) -> None:
+    scheduler, _ = rig
+    scheduler.dispatch(MemoryMeasured("ram", 0, 0, foreign_bytes=1000 * MiB, engines={}))
+    load = scheduler.load("a")
+    await anext(load)
+    assert [state async for state, _, _ in scheduler.unload("a")] == [Residency.COLD]
+    assert [each async for each in load] == [(Residency.FAILED, 0.0, "an operator asked for its unload")]
+    scheduler.dispatch(MemoryMeasured("ram", 0, 0, foreign_bytes=0, engines={}))
+    again = [each async for each in scheduler.load("a")]
+    assert again[-1] == (Residency.READY, 1.0, "")
+    assert Residency.FAILED not in [state for state, _, _ in again]
+
+
+async def test_an_operator_who_reads_slowly_sees_how_the_load_ended(rig: Rig) -> None:
+    scheduler, _ = rig
+    load = scheduler.load("a")
+    assert (await anext(load))[0] is Residency.LOADING
+    await until(lambda: scheduler.core.models["a"].state is Residency.READY)
+    assert [each async for each in load] == [(Residency.READY, 1.0, "")]
 
 
 async def test_an_adopted_engine_serves_without_a_start(rig: Rig) -> None:
