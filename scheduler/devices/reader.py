@@ -50,7 +50,8 @@ class Reader:
         self, engines: Callable[[], Mapping[str, Sequence[int]]], overhead: Callable[[], Sequence[int]]
     ) -> Reading | None:
         """What the device says now, or None with the `trouble`. Takes `limit_s` at most once its turn has come, which
-        is when `engines` and `overhead` are asked for the pids that `Device.measure` takes."""
+        is when `engines` and `overhead` are asked for the pids that `Device.measure` takes; the loop is held up for
+        about 0.1 ms, by the start of a thread."""
         async with self._turn:
             try:
                 reading = await self._look(engines, overhead)
