@@ -272,10 +272,11 @@ async def test_a_model_of_no_name_is_the_only_one_of_its_task(proxy: Proxy) -> N
     ],
 )
 async def test_each_path_reaches_the_engine_under_its_own_name(proxy: Proxy, path: str, model: str) -> None:
-    response = await proxy.session.post(path, json={"model": model, "prompt": 1.5})
+    body = {"model": model, "prompt": 1.5, "query": "Hi", "documents": ["Hello"]}  # each path finds something in it
+    response = await proxy.session.post(path, json=body)
     assert response.status == 200
     assert proxy.upstream.requests[-1][0] == path
-    assert json.loads(proxy.upstream.requests[-1][2]) == {"model": model, "prompt": 1.5}
+    assert json.loads(proxy.upstream.requests[-1][2]) == body
 
 
 async def test_a_remote_pool_is_bounded_and_its_overflow_refused_at_once(proxy: Proxy) -> None:
