@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -49,7 +50,7 @@ CONNECTIONS, STREAMS, OPEN_STREAMS = 32, 100, 200
 WINDOWS, WINDOW_S, WARM_S = 4, 1.25, 0.4
 BEGIN_LIMIT_S = 15.0  # for streams that are to be open at once: canned.SLOW ones last two minutes
 STREAM_WARM_S = 1.5  # by then each of the streams has ended once, so that ends are in every window
-STEPS = 4  # of progress for each subject
+STEPS, RIG_STEPS = 4, 7  # of progress: for each subject, and before them
 UPSTREAM = ("-m", "loadtests.fake_upstream")
 
 
@@ -71,6 +72,29 @@ class Window(msgspec.Struct, frozen=True):
     def us_per_event(self) -> float:
         """Infinite when nothing was streamed."""
         return self.cpu_s / self.events * 1e6 if self.events else float("inf")
+
+
+class Loads(msgspec.Struct, frozen=True):
+    """The windows of each load that a server was put under. What it costs is that of the best."""
+
+    small: list[Window]
+    large: list[Window]
+    streamed: list[Window]
+
+    @property
+    def us_per_request(self) -> float:
+        """Of 0.7 KB."""
+        return min(each.us_per_answer for each in self.small)
+
+    @property
+    def us_per_request_32k(self) -> float:
+        """With a prompt of 32 KB."""
+        return min(each.us_per_answer for each in self.large)
+
+    @property
+    def us_per_chunk(self) -> float:
+        """A stream's part in head and end included."""
+        return min(each.us_per_event for each in self.streamed)
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -287,58 +311,62 @@ async def rss_with_streams(subject: Subject) -> float:
         return subject.rss_mb()
 
 
+async def under_load(
+    name: str, subject: Subject, step: Callable[[str], None], tls: ssl.SSLContext | None = None
+) -> Loads:
+    """What the process tree takes for requests, large ones, and streams, one load after the other."""
+    watched, port = subject.tree(), subject.port
+    step(f"{name}: requests")
+    small = await windows(client.plain(port, CONNECTIONS, tls=tls), watched, WARM_S)
+    step(f"{name}: 32 KB prompts")
+    large = await windows(client.plain(port, CONNECTIONS, canned.LARGE_BYTES, tls), watched, WARM_S)
+    step(f"{name}: {STREAMS} streams")
+    return Loads(small, large, await windows(client.streams(port, STREAMS, canned.PACED, tls), watched, STREAM_WARM_S))
+
+
 async def figures(name: str, subject: Subject, step: Callable[[str], None]) -> Figures:
     """Everything about one subject, in about twenty seconds."""
     async with client.plain(subject.port, 1):
         await asyncio.sleep(WARM_S)  # idle means: after the first requests, which load and cache
-    idle_mb, watched = subject.rss_mb(), subject.tree()
-    step(f"{name}: requests")
-    small = await windows(client.plain(subject.port, CONNECTIONS), watched, WARM_S)
-    step(f"{name}: 32 KB prompts")
-    large = await windows(client.plain(subject.port, CONNECTIONS, canned.LARGE_BYTES), watched, WARM_S)
-    step(f"{name}: {STREAMS} streams")
-    streamed = await windows(client.streams(subject.port, STREAMS, canned.PACED), watched, STREAM_WARM_S)
+    idle_mb = subject.rss_mb()
+    loads = await under_load(name, subject, step)
     step(f"{name}: {OPEN_STREAMS} open streams")
     streams_mb = await rss_with_streams(subject)
     return Figures(
         name=name,
-        us_per_request=min(each.us_per_answer for each in small),
-        us_per_request_32k=min(each.us_per_answer for each in large),
-        us_per_chunk=min(each.us_per_event for each in streamed),
-        requests_per_s=max(each.answers / each.seconds for each in small),
+        us_per_request=loads.us_per_request,
+        us_per_request_32k=loads.us_per_request_32k,
+        us_per_chunk=loads.us_per_chunk,
+        requests_per_s=max(each.answers / each.seconds for each in loads.small),
         rss_idle_mb=idle_mb,
         rss_streams_mb=streams_mb,
-        failed=sum(each.failed for each in (*small, *large, *streamed)),
+        failed=sum(each.failed for each in (*loads.small, *loads.large, *loads.streamed)),
     )
 
 
-async def rig(upstream: Subject, sealed: Subject) -> Rig:
+async def rig(upstream: Subject, sealed: Subject, step: Callable[[str], None]) -> Rig:
     """The client on the bare upstream: how little of a core they need, and how much they could carry."""
-    own = [psutil.Process()]
-    without, with_tls = await answering(upstream, None), await answering(sealed, ssl.create_default_context())
-    load = client.plain(upstream.port, CONNECTIONS)
-    async with load:
-        await asyncio.sleep(WARM_S)
-        clients, upstreams = [], []
-        for _ in range(2):  # in turn: one load cannot tell the two apart
-            clients.append(await window(load, own))
-            upstreams.append(await window(load, upstream.tree()))
+    plain = await under_load("upstream alone", upstream, step)
+    tls = await under_load("upstream alone, over TLS", sealed, step, ssl.create_default_context())
+    step("client alone")  # one load cannot tell the two apart
+    clients = await windows(client.plain(upstream.port, CONNECTIONS), [psutil.Process()], WARM_S)
     return Rig(
-        upstream_us_per_request=min(each.us_per_answer for each in upstreams),
+        upstream_us_per_request=plain.us_per_request,
         client_us_per_request=min(each.us_per_answer for each in clients),
-        requests_per_s=max(each.answers / each.seconds for each in (*clients, *upstreams)),
-        sealing=Busy(*(max(0.0, tls - http) for tls, http in zip(with_tls, without, strict=True))),
+        requests_per_s=max(each.answers / each.seconds for each in (*clients, *plain.small)),
+        sealing=Busy(
+            answer=beyond(tls.us_per_request, plain.us_per_request),
+            large_answer=beyond(tls.us_per_request_32k, plain.us_per_request_32k),
+            event=beyond(tls.us_per_chunk, plain.us_per_chunk),
+        ),
     )
 
 
-async def answering(upstream: Subject, tls: ssl.SSLContext | None) -> tuple[float, float, float]:
-    """µs of the upstream for an answer, one to a large prompt, and an event."""
-    watched, port = upstream.tree(), upstream.port
-    small = await windows(client.plain(port, CONNECTIONS, tls=tls), watched, WARM_S)
-    large = await windows(client.plain(port, CONNECTIONS, canned.LARGE_BYTES, tls), watched, WARM_S)
-    streamed = await windows(client.streams(port, STREAMS, canned.PACED, tls), watched, STREAM_WARM_S)
-    least = min(each.us_per_answer for each in small), min(each.us_per_answer for each in large)
-    return *least, min(each.us_per_event for each in streamed)
+def beyond(tls_us: float, plain_us: float) -> float:
+    """What TLS adds, to be spent on nothing: not less than nothing, by noise, and not for ever."""
+    if not math.isfinite(tls_us - plain_us):
+        raise SystemExit("bench: the upstream alone answered nothing in time; is the machine busy with something else?")
+    return max(0.0, tls_us - plain_us)
 
 
 def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
@@ -346,8 +374,7 @@ def measure(step: Callable[[str], None]) -> tuple[Rig, list[Figures]]:
     theirs, ours = cores()
     os.sched_setaffinity(0, ours)
     with printing_its_port(UPSTREAM, ours) as upstream, over_tls(ours) as sealed:
-        step("client and upstream alone")
-        alone = uvloop.run(rig(upstream, sealed))
+        alone = uvloop.run(rig(upstream, sealed, step))
         busy = ["--busy", *(f"{us:.1f}" for us in msgspec.structs.astuple(alone.sealing))]
         found = []
         with printing_its_port([*UPSTREAM, *busy], ours) as slower:
@@ -435,7 +462,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: print(f"bench: {what}", file=sys.stderr, flush=True)
         return
     with Progress(console=console, transient=True) as bar:
-        line = bar.add_task("bench", total=1 + (5 + (nginx.program() is not None)) * STEPS)
+        line = bar.add_task("bench", total=RIG_STEPS + (5 + (nginx.program() is not None)) * STEPS)
         began = False
 
         def step(what: str) -> None:

@@ -180,6 +180,14 @@ def test_a_window_without_answers_is_no_free_lunch() -> None:
     assert min(empty, busy, key=lambda each: each.us_per_answer).us_per_answer == 500.0
 
 
+def test_an_upstream_that_never_answered_is_told_of_and_never_spins_for_ever() -> None:
+    assert bench.beyond(30.0, 10.0) == 20.0
+    assert bench.beyond(9.0, 10.0) == 0.0
+    for tls, plain in ((float("inf"), 10.0), (30.0, float("inf")), (float("inf"), float("inf"))):
+        with pytest.raises(SystemExit, match="the upstream alone answered nothing"):
+            bench.beyond(tls, plain)
+
+
 def test_the_lock_is_held_while_measuring_and_given_back(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with bench.machine_alone(str(path)), path.open() as other, pytest.raises(BlockingIOError):
